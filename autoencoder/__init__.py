@@ -1,0 +1,1 @@
+"""Stage 1: pixels to latents and back."""

@@ -1,0 +1,229 @@
+"""Networks in diffusers' stock folders: `config.json` beside `diffusion_pytorch_model.safetensors`.
+
+A folder is named by a local path or by a name on the Hugging Face hub: `owner/model` or, for a network within
+a pipeline, `owner/model/vae`. Only safetensors files are read: a pickle can run code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autoencoder.files import flush
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+FILES = (CONFIG, WEIGHTS, INDEX, "diffusion_pytorch_model-*-of-*.safetensors")
+
+# Attention weights in files written before diffusers 0.15, among them Stable Diffusion 1.5's autoencoder.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class StockConfig:
+    """Base of the dataclasses whose fields are the keys of a stock `config.json`."""
+
+    def fixed(self) -> dict[str, object]:
+        """The stock keys of which one value is supported: written with the others, checked on reading."""
+        return {}
+
+
+C = TypeVar("C", bound=StockConfig)
+M = TypeVar("M", bound=nn.Module)
+
+
+def find_folder(source: str | Path) -> Path:
+    """The local folder of a network; what `source` names on the hub is downloaded, `FILES` only.
+
+    Raises FileNotFoundError if `source` is neither a folder here nor a model on the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    hub_name = re.fullmatch(r"(?P<model>[\w-][\w.-]*/[\w.-]+)(?P<inner>(/[\w.-]+)*)", str(source))
+    if hub_name is None:
+        raise FileNotFoundError(f"There is no folder '{source}'.")
+    model, inner = hub_name["model"], hub_name["inner"].lstrip("/")
+    try:
+        snapshot = snapshot_download(model, allow_patterns=[f"{inner}/{file}".lstrip("/") for file in FILES])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder here nor a model on the Hugging Face hub ({reason})."
+        ) from error
+    return Path(snapshot, inner)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}.")
+    return content
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where the dataclasses have tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _check_weights(folder: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [name for name in wanted if name not in weights],
+        "unexpected": [name for name in weights if name not in wanted],
+        "of the wrong shape": [
+            f"{name} {[*weights[name].shape]} instead of {[*tensor.shape]}"
+            for name, tensor in wanted.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    for problem, names in problems.items():
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{folder}: the weights do not fit its {CONFIG}; {problem}: {', '.join(names[:3])}{more}."
+            )
+
+
+def load_config(folder: Path, kind: type[C], class_name: str) -> C:
+    """Read `config.json` into the dataclass `kind`; keys that begin with `_` are notes and are skipped.
+
+    Args:
+        folder: a local stock folder.
+        kind: a frozen dataclass whose fields are the supported keys, with the stock defaults.
+        class_name: the stock class that the file must name.
+
+    Raises:
+        FileNotFoundError: the folder has no `config.json`.
+        ValueError: not JSON, of another class, or a key or value that `kind` does not support.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that holds a saved {class_name}.")
+    content = _read_json(path)
+    found = content.get("_class_name", class_name)
+    if found != class_name:
+        raise ValueError(f"{path} describes {found}, but {class_name} is wanted.")
+    keys = {key: _tuples(value) for key, value in content.items() if not key.startswith("_")}
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    try:
+        config = kind(**{key: value for key, value in keys.items() if key in names})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    fixed = config.fixed()
+    for key in keys.keys() - names:
+        if key not in fixed:
+            raise ValueError(
+                f"{path}: the key '{key}' ({keys[key]!r}) of this {class_name} is not supported."
+            )
+        if keys[key] != fixed[key]:
+            raise ValueError(f"{path}: {key} = {keys[key]!r} is not supported, only {fixed[key]!r} is.")
+    return config
+
+
+def load_weights(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a stock folder, in one file or in shards, old names replaced by today's.
+
+    Raises FileNotFoundError if a file is missing, ValueError if one is damaged.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        files = [WEIGHTS]
+    else:
+        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            weights.update(load_file(folder / file))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{folder} has no {file}; other weight formats are not read.") from error
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is not a sound safetensors file ({error}).") from error
+    return {
+        ".".join(OLD_NAMES.get(part, part) for part in name.split(".")): weights[name] for name in weights
+    }
+
+
+def load_folder(source: str | Path, kind: type[C], class_name: str, build: Callable[[C], M]) -> M:
+    """The network saved in a stock folder, in float32 on the CPU, in evaluation mode.
+
+    Args:
+        source: a local folder or a hub name, see `find_folder`.
+        kind, class_name: see `load_config`.
+        build: makes the network from its config; called on the meta device, so initial weights cost nothing
+            and every parameter and buffer must be in the file.
+
+    Raises:
+        FileNotFoundError: folder or file missing.
+        ValueError: unsupported config, or tensors missing, unexpected or of another shape, each by name.
+    """
+    folder = find_folder(source)
+    config = load_config(folder, kind, class_name)
+    with torch.device("meta"):
+        network = build(config)
+    weights = load_weights(folder)
+    _check_weights(folder, weights, dict(network.named_parameters()) | dict(network.named_buffers()))
+    network.to_empty(device="cpu").load_state_dict(weights)
+    return network.eval()
+
+
+def save_folder(
+    folder: str | Path, config: StockConfig, class_name: str, weights: Mapping[str, Tensor]
+) -> None:
+    """Write a stock folder. Both files are complete on the disk before either replaces an older one.
+
+    Args:
+        folder: made if it does not exist; other files in it stay.
+        config: the dataclass instance that describes the network.
+        class_name: the stock class that reads it.
+        weights: name -> tensor, any device and memory format, written with their dtype.
+
+    Raises OSError if the files cannot be written; what was there before is untouched then.
+    """
+    folder = Path(folder)
+    content = {"_class_name": class_name, **dataclasses.asdict(config), **config.fixed()}  # type: ignore[call-overload]
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    beside = {file: folder / f".{file}.writing" for file in (WEIGHTS, CONFIG)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside[CONFIG].write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        save_file(tensors, beside[WEIGHTS], metadata={"format": "pt"})
+        for written in beside.values():
+            flush(written)
+        for file, written in beside.items():
+            written.replace(folder / file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: this {class_name} could not be saved ({error}).") from error
+    finally:
+        for written in beside.values():
+            written.unlink(missing_ok=True)
+
+
+def weight_hash(weights: Mapping[str, Tensor] | str | Path) -> str:
+    """SHA-256 in hexadecimal over names, shapes and values of all tensors, in the order of their names.
+
+    Floating-point values are hashed as float32, so that a half-precision file and the float32 model read from
+    it are the same autoencoder; device and memory format do not matter either.
+
+    Args:
+        weights: a state dict, or a stock folder, here or on the hub.
+    """
+    if not isinstance(weights, Mapping):
+        weights = load_weights(find_folder(weights))
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}\n".encode())
+        digest.update(tensor.flatten().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Diffusion in latents: paths, predictions, samplers, guidance, networks, data and the training harness."""

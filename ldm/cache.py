@@ -1,0 +1,173 @@
+"""Stage 2 never sees pixels: latents and captions are computed once and lie on disk, memory-mapped.
+
+Kept are the posterior's mean and standard deviation, not a sample, for each way round that a picture may be seen;
+sampling, choosing the way round and dropping captions happen at run time. A folder's name is a hash of everything
+its content depends on (autoencoder weights, pictures, size; text encoder and captions), so it can't be stale: a
+change makes another folder. Shards are renamed into place when whole, so an interrupted build goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoder.files import flush
+from autoencoder.kl import AutoencoderKL
+from autoencoder.store import weight_hash
+from ldm import random
+from ldm.conditioning import Text
+from ldm.data import DataConfig, Source, to_tensor
+
+VERSION = 1
+SHARD = 1024
+"""Pictures, or captions, a file"""
+BATCH = 32
+"""Pictures, or captions, encoded together"""
+
+
+class LatentCache:
+    """Latents and conditions of a source, for a DataLoader that asks for lists of (position, index)."""
+
+    def __init__(
+        self, latents: list[dict[str, Tensor]], conditions: list[dict[str, Tensor]], seed: int
+    ) -> None:
+        self.latents, self.conditions, self.seed = latents, conditions, seed
+        self.which: Tensor | None = None  # [N] row of each picture's caption among the distinct ones
+        self.labels: Tensor | None = None
+        self.shape = tuple(latents[0]["mean"].shape[2:])  # C, h, w
+        self.ways = latents[0]["mean"].shape[1]
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """{"position", "index": [B], "mean", "std": [B,C,h,w], and "ids", "attend" or "tokens", or "label"}."""
+        positions, indices = (torch.tensor(column) for column in zip(*items, strict=True))
+        way = (random.uniform(self.seed, "flip", positions) < 0.5).long() if self.ways == 2 else 0 * positions
+        batch = {"position": positions, "index": indices}
+        for name in ("mean", "std"):
+            batch[name] = torch.stack(
+                [
+                    self.latents[i // SHARD][name][i % SHARD, w]
+                    for i, w in zip(indices.tolist(), way.tolist(), strict=True)
+                ]
+            )
+        if self.which is not None:
+            rows = self.which[indices].tolist()
+            for name in self.conditions[0]:
+                batch[name] = torch.stack([self.conditions[r // SHARD][name][r % SHARD] for r in rows])
+        if self.labels is not None:
+            batch["label"] = self.labels[indices]
+        return batch
+
+
+def build(
+    folder: Path,
+    source: Source,
+    data: DataConfig,
+    autoencoder: AutoencoderKL,
+    conditioner: nn.Module,
+    run: Any,
+) -> LatentCache:
+    """The cache of `source` in `folder`, made by all processes of `run` where it is not there yet.
+
+    Args:
+        autoencoder, conditioner: on the run's device; the conditioner's states are kept only if it is frozen.
+    """
+    parts = [
+        VERSION,
+        weight_hash(autoencoder.state_dict()),
+        source.fingerprint,
+        data.size,
+        data.flip,
+        data.background,
+    ]
+    latents = _shards(
+        folder / f"latents-{_key(*parts)}",
+        len(source),
+        run,
+        "latents",
+        _encode(source, data, autoencoder, run),
+    )
+    if not isinstance(conditioner, Text) or source.texts is None:
+        cache = LatentCache(latents, [], run.config.seed)
+        cache.labels = source.labels
+        return cache
+    captions = sorted(set(source.texts))
+    tokenizer = conditioner.tokenizer.backend_tokenizer.to_str()
+    weights = weight_hash(conditioner.encoder.state_dict()) if conditioner.frozen else "joint"
+    key = _key(VERSION, weights, tokenizer, conditioner.tokenizer.model_max_length, *captions)
+    conditions = _shards(
+        folder / f"text-{key}", len(captions), run, "captions", _read(captions, conditioner, run)
+    )
+    cache = LatentCache(latents, conditions, run.config.seed)
+    row = {caption: i for i, caption in enumerate(captions)}
+    cache.which = torch.tensor([row[text] for text in source.texts])
+    return cache
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _shards(
+    folder: Path, count: int, run: Any, what: str, compute: Callable[[int, int], dict[str, Tensor]]
+) -> list[dict[str, Tensor]]:
+    """Shards of `compute(first, last)`, each made by one process and memory-mapped by all."""
+    paths = [folder / f"{i:05d}.safetensors" for i in range(-(-count // SHARD))]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    run.accelerator.wait_for_everyone()
+    mine = missing[run.accelerator.process_index :: run.accelerator.num_processes]
+    with tqdm(total=len(missing) * SHARD, unit="img", desc=what, disable=not (run.main and missing)) as bar:
+        for i in mine:
+            tensors = compute(i * SHARD, min(count, (i + 1) * SHARD))
+            fresh = paths[i].with_suffix(".writing")
+            save_file(tensors, fresh)
+            flush(fresh)
+            fresh.replace(paths[i])
+            bar.update(SHARD * run.accelerator.num_processes)
+    run.accelerator.wait_for_everyone()
+    return [load_file(path) for path in paths]
+
+
+def _slices(first: int, last: int) -> Iterator[range]:
+    for start in range(first, last, BATCH):
+        yield range(start, min(last, start + BATCH))
+
+
+def _encode(
+    source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: Any
+) -> Callable[..., dict[str, Tensor]]:
+    @torch.no_grad()
+    def compute(first: int, last: int) -> dict[str, Tensor]:
+        means, stds = [], []
+        for indices in _slices(first, last):
+            pixels = torch.stack([to_tensor(source.picture(i, data.size)) for i in indices]).to(run.device)
+            ways = [pixels, pixels.flip(-1)] if data.flip else [pixels]
+            posteriors = [
+                autoencoder.encode(way.contiguous(memory_format=torch.channels_last)) for way in ways
+            ]
+            means.append(torch.stack([p.mean for p in posteriors], dim=1).cpu())
+            stds.append(torch.stack([p.std for p in posteriors], dim=1).cpu())
+        return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+
+    return compute
+
+
+def _read(captions: list[str], conditioner: Text, run: Any) -> Callable[..., dict[str, Tensor]]:
+    @torch.no_grad()
+    def compute(first: int, last: int) -> dict[str, Tensor]:
+        if not conditioner.frozen:
+            return conditioner.read(captions[first:last])
+        states = []
+        for indices in _slices(first, last):
+            read = conditioner.read([captions[i] for i in indices])
+            states.append(conditioner.encode(read["ids"].to(run.device), read["attend"].to(run.device)).cpu())
+        return {"tokens": torch.cat(states).contiguous()}
+
+    return compute

@@ -1,0 +1,96 @@
+"""Recipes: frozen dataclasses, filled from YAML and the command line by one function, `load`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NoReturn, TypeVar
+
+import jsonargparse
+import yaml
+
+Recipe = TypeVar("Recipe")
+
+
+class UserError(Exception):
+    """Something only the person can put right. The message says what is wrong, where, and what to do.
+
+    Command lines print it as one sentence and exit with 1.
+    """
+
+
+def command(prog: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., None]]:
+    """Decorates the `main(argv)` of a command: bad input ends in one sentence on stderr and exit code 1.
+
+    With LDM_DEBUG=1 in the environment the traceback is shown instead.
+    """
+
+    def decorate(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> None:
+            try:
+                main(sys.argv[1:] if argv is None else argv)
+            except (UserError, OSError, ValueError) as problem:
+                if os.environ.get("LDM_DEBUG"):
+                    raise
+                sentence = " ".join(str(problem).split()) or type(problem).__name__
+                print(f"{prog}: {sentence}", file=sys.stderr)
+                raise SystemExit(1) from None
+
+        return run
+
+    return decorate
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong in a sentence, without a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        sentence = " ".join(str(message).split())
+        print(f"{self.prog}: {sentence}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser_for(cls: type, prog: str) -> jsonargparse.ArgumentParser:
+    """A parser with `--config FILE.yaml` and one `--section.key` for each field of the dataclass `cls`."""
+    jsonargparse.set_parsing_settings(
+        subclasses_disabled=[is_dataclass],  # a recipe says values, never which class to import
+        docstring_parse_attribute_docstrings=True,
+    )
+    parser = Parser(prog=prog, description=cls.__doc__)
+    parser.add_argument("--config", action="config", help="a recipe in YAML; later arguments override it")
+    parser.add_class_arguments(cls, None)
+    return parser
+
+
+def load(cls: type[Recipe], argv: Sequence[str], *, prog: str) -> Recipe:
+    """Read `--config` files and `--section.key value` overrides into the frozen dataclass `cls`.
+
+    Unknown keys and wrong types end the program with exit code 2 and a sentence that names the key.
+    """
+    parser = parser_for(cls, prog)
+    try:
+        read = parser.instantiate(parser.parse_args(list(argv)))
+        return cls(**{field.name: read[field.name] for field in fields(cls)})  # type: ignore[arg-type]
+    except ValueError as problem:
+        print(f"{prog}: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def plain(value: Any) -> Any:
+    """A recipe as nested dicts and lists of plain values, ready for YAML or JSON."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def to_yaml(recipe: Any) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True, width=110)

@@ -1,0 +1,52 @@
+"""Exponential moving average of weights, in float32, with a warm-up."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averaged copies of modules, ready to run: `ema["unet"]` is a module in eval mode.
+
+    The decay at step n is min(decay, (1 + n) / (10 + n)), so that the average forgets its random start
+    (Abadi et al., tf.train.ExponentialMovingAverage).
+    """
+
+    def __init__(self, decay: float, **modules: nn.Module) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema.decay is {decay}, but must lie in [0, 1)")
+        self.decay = decay
+        self.modules = {
+            name: copy.deepcopy(m).float().eval().requires_grad_(False) for name, m in modules.items()
+        }
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.modules[name]
+
+    @torch.no_grad()
+    def update(self, step: int, **modules: nn.Module) -> None:
+        """Move towards the weights of `modules` after optimizer step `step` (from 1)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        for name, module in modules.items():
+            averaged = self.modules[name]
+            if parameters := list(averaged.parameters()):
+                torch._foreach_lerp_(parameters, [p.data for p in module.parameters()], weight)
+            for kept, buffer in zip(averaged.buffers(), module.buffers(), strict=True):
+                kept.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, m in self.modules.items()
+            for key, value in m.state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, module in self.modules.items():
+            prefix = f"{name}."
+            module.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )

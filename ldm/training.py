@@ -1,0 +1,395 @@
+"""What both stages train with. A `Run` never calls your code: your loop calls it.
+
+run = Run(config.run, recipe=config)
+network, optimizer = run.prepare(network, optimizer)
+run.resume(network=network, ema=ema, optimizer=optimizer)
+for batch in run.batches(dataset, order):
+    with run.accelerator.accumulate(network):
+        loss = ...
+        run.update(loss, optimizer, config.optimizer)
+    if run.accelerator.sync_gradients: ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from autoencoder.files import write_text
+from ldm import checkpoint, random
+from ldm.config import UserError, plain, to_yaml
+from ldm.data import Source, Stream, to_tensor
+from ldm.optim import OptimizerConfig
+
+IMMATERIAL = ("run.out", "run.workers", "run.save_every", "run.log_every", "run.keep", "run.tracker", "show")
+"""Settings that may change between two starts of one run without changing what it learns."""
+
+LOST_STEPS_IN_A_ROW = 20
+"""Steps without a finite gradient after which a run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large, where."""
+
+    out: Path
+    """Folder of the run; an existing run in it is continued"""
+    steps: int
+    """Optimizer steps"""
+    batch_size: int
+    """Samples an optimizer step, over all processes and accumulated batches"""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one optimizer step"""
+    seed: int = 0
+    """Decides initial weights, data order, noise and dropout"""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of activations; weights and their averages stay float32. auto: bf16 where the processor has it"""
+    max_norm: float = 1.0
+    """Gradients longer than this are scaled down to it"""
+    workers: int = 1
+    """Processes that read and draw pictures beside each training process; 0: the training process does"""
+    save_every: int = 1000
+    """Optimizer steps between checkpoints"""
+    keep: int = 2
+    """Checkpoints kept"""
+    log_every: int = 50
+    """Optimizer steps between lines in metrics.jsonl and the tracker"""
+    tracker: str = "tensorboard"
+    """A tracker that Accelerate knows, or none"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.keep < 2:
+            raise ValueError(
+                f"run.keep is {self.keep}, but must be at least 2: the newest may turn out damaged"
+            )
+
+
+def best_precision() -> Literal["no", "bf16"]:
+    """bf16 where this machine multiplies it natively, else no."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "no"
+
+
+class Run:
+    """A training run in a folder: processes and precision, data order, randomness, checkpoints, logs.
+
+    Attributes:
+        step: optimizer steps done.
+        accelerator: of `accelerate`; `run.device` and `run.main` are its device and whether this process is the first.
+    """
+
+    def __init__(self, config: RunConfig, recipe: Any) -> None:
+        precision = best_precision() if config.precision == "auto" else config.precision
+        tracker = None if config.tracker == "none" else config.tracker
+        self.config, self.recipe, self.out = config, recipe, Path(config.out)
+        self.accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.accumulate,
+            log_with=tracker,
+            project_dir=self.out,
+        )
+        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
+        shares = self.accelerator.num_processes * config.accumulate
+        if config.batch_size % shares:
+            raise UserError(
+                f"run.batch_size {config.batch_size} can't be shared by {self.accelerator.num_processes} processes "
+                f"with run.accumulate {config.accumulate}; make it a multiple of {shares}."
+            )
+        self.batch = config.batch_size // shares
+        self.step, self.lost, self._parts, self._sums = 0, 0, {}, {}
+        self._logged_loss: tuple[Tensor | float, int] = (math.nan, 1)
+        self._earlier, self._began = 0.0, psutil.Process().create_time()
+        self._stop_signal: int | None = None
+        set_seed(config.seed)
+        self._open_folder(tracker)
+        self.say(f"precision {precision}, {self.accelerator.num_processes} process(es) on {self.device}")
+
+    def _open_folder(self, tracker: str | None) -> None:
+        if self.main:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as problem:
+                raise UserError(
+                    f"The run folder {self.out} can't be made: {problem.strerror}; set run.out."
+                ) from None
+            self._refuse_another_recipe()
+            write_text(self.out / "config.yaml", to_yaml(self.recipe))
+        if tracker:
+            self.accelerator.init_trackers(tracker)
+
+    def _refuse_another_recipe(self) -> None:
+        saved = self.out / "config.yaml"
+        if not saved.exists() or not any((self.out / "checkpoints").glob("step-*")):
+            return
+        before, now = (flat(c) for c in (yaml.safe_load(saved.read_text()), plain(self.recipe)))
+        changed = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(IMMATERIAL)
+        ]
+        if changed:
+            raise UserError(
+                f"{self.out} holds a run with other settings: {'; '.join(changed)}. "
+                "Set them back to go on with it, or choose another run.out."
+            )
+
+    def say(self, text: str) -> None:
+        """Print on the first process, above the progress bar."""
+        if self.main:
+            tqdm.write(text, file=sys.stderr)
+
+    # --- weights -----------------------------------------------------------------------------------------------
+
+    def prepare(self, *objects: Any) -> Any:
+        """Modules and optimizers, placed and wrapped by Accelerate. Modules are laid out channels-last."""
+        for item in objects:
+            if isinstance(item, nn.Module):
+                item.to(memory_format=torch.channels_last)
+        return self.accelerator.prepare(*objects)
+
+    def unwrap(self, module: nn.Module) -> Any:
+        """The module itself, without Accelerate's wrapping: for saving, never for training."""
+        return self.accelerator.unwrap_model(module)
+
+    def resume(self, **parts: checkpoint.Stateful) -> None:
+        """Name what checkpoints consist of, and go on from the newest sound one in the run folder, if any."""
+        unwrapped = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+        self._parts = unwrapped | {"run": self}
+        found = checkpoint.newest(self.out / "checkpoints")
+        if found:
+            checkpoint.restore(found, self._parts)
+            self.say(f"going on from {found}")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "samples": self.samples, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self._earlier = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        """Write checkpoints/step-XXXXXXXX."""
+        self.accelerator.wait_for_everyone()
+        if self.main:
+            folder = self.out / "checkpoints" / f"step-{self.step:08d}"
+            try:
+                checkpoint.save(folder, self._parts, {"config.yaml": to_yaml(self.recipe)}, self.config.keep)
+            except OSError as problem:
+                raise UserError(
+                    f"{folder} can't be written: {problem.strerror}; older checkpoints are intact."
+                ) from None
+        self.accelerator.wait_for_everyone()
+
+    # --- the loop ----------------------------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        """Samples seen, over all processes."""
+        return self.step * self.config.batch_size
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, from the start of the process, and by earlier starts up to their last checkpoint."""
+        return self._earlier + time.time() - self._began
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens each `every` steps, and at the end, happens now."""
+        finished = self.accelerator.sync_gradients
+        return finished and (self.step % every == 0 or self.step == self.config.steps)
+
+    def batches(self, dataset: Any, order: np.ndarray) -> Iterator[dict[str, Tensor]]:
+        """This process's batches from where the run stands to its end, with a progress bar.
+
+        Args:
+            dataset: answers `__getitems__([(position, index), ...])` with a dict of tensors [B,...].
+            order: [M] the indices of one epoch.
+        """
+        total = self.config.steps * self.config.batch_size
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        stream = Stream(
+            order,
+            seed=self.config.seed,
+            batch=self.batch,
+            start=self.samples,
+            stop=total,
+            rank=rank,
+            ranks=ranks,
+        )
+        workers = self.config.workers if hasattr(dataset, "source") else 0
+        loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, collate_fn=as_is)
+        bar = tqdm(
+            total=total,
+            initial=self.samples,
+            unit="img",
+            unit_scale=True,
+            smoothing=0.05,
+            disable=not self.main,
+        )
+        with bar, stopped_by_signals(self):
+            for batch in loader:
+                yield {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+                bar.update(self.samples - bar.n)
+                bar.set_postfix(self._latest(), refresh=False)
+                if self._stop_signal and self.accelerator.sync_gradients:
+                    self._leave()
+
+    def _leave(self) -> None:
+        self.save()
+        self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
+        raise SystemExit(128 + self._stop_signal)  # type: ignore[operator]
+
+    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
+        """Backward, clip, step. A gradient that is not finite skips the step on all processes together."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = rates.rate(self.step, self.config.steps)
+            if torch.isfinite(norm):
+                self.lost = 0
+                optimizer.step()
+            else:
+                self._lose_step(float(norm))
+            self.step += 1
+            self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+        optimizer.zero_grad(set_to_none=True)
+        self.note(loss=loss.detach())
+
+    def _lose_step(self, norm: float) -> None:
+        self.lost += 1
+        self.say(f"step {self.step}: the gradient's norm is {norm}; step skipped ({self.lost} in a row)")
+        if self.lost >= LOST_STEPS_IN_A_ROW:
+            raise UserError(
+                f"{self.lost} steps in a row had no finite gradient; the last checkpoint is good. "
+                "Lower optimizer.lr, or set run.precision to no."
+            )
+
+    # --- randomness --------------------------------------------------------------------------------------------
+
+    def normal(self, purpose: str, batch: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """Noise [B, *shape] for the samples of a batch: a function of seed, purpose and position."""
+        return random.normal(self.config.seed, purpose, batch["position"], shape).to(self.device)
+
+    def uniform(self, purpose: str, batch: dict[str, Tensor]) -> Tensor:
+        """Uniform numbers [B] in (0, 1), float64, likewise."""
+        return random.uniform(self.config.seed, purpose, batch["position"]).to(self.device)
+
+    # --- what the person sees ----------------------------------------------------------------------------------
+
+    def picture(self, sheet: Image.Image, name: str) -> None:
+        """Save a picture as samples/NAME-STEP.png."""
+        folder = self.out / "samples"
+        folder.mkdir(exist_ok=True)
+        sheet.save(folder / f"{name}-{self.step:08d}.png")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
+
+    def note(self, **values: Tensor | float) -> None:
+        """Add to the running means that `log` writes."""
+        for name, value in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def _latest(self) -> dict[str, str]:
+        total, count = self._sums.get("loss", self._logged_loss)
+        return {"step": f"{self.step}/{self.config.steps}", "loss": f"{float(total) / count:.4f}"}
+
+    def log(self, **values: float) -> None:
+        """Write the means since the last call, and `values`, to metrics.jsonl and the tracker."""
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()} | values
+        self._logged_loss = self._sums.get("loss", self._logged_loss)
+        self._sums = {}
+        if self.main:
+            with (self.out / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self.step, "time": round(time.time(), 2)} | means) + "\n")
+        self.accelerator.log(means, step=self.step)
+
+    def finished(self) -> bool:
+        """Whether this run has been trained to its last step and its result lies in the folder; says so."""
+        try:
+            done = json.loads((self.out / "result.json").read_text())["step"] == self.config.steps
+        except (OSError, ValueError, KeyError):
+            return False
+        if done:
+            self.say(f"{self.out} is finished; its model is in {self.out}/model")
+        return done
+
+    def shares(self, source: Source, size: int, what: str) -> Iterator[Tensor]:
+        """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
+        mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
+        with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
+            for first in range(0, len(mine), 32):
+                indices = mine[first : first + 32]
+                pixels = torch.stack([to_tensor(source.picture(i, size)) for i in indices]).to(self.device)
+                with self.accelerator.autocast():
+                    yield pixels.contiguous(memory_format=torch.channels_last)
+                bar.update(len(indices))
+
+    def end(self, **result: float) -> None:
+        """Write result.json, which marks the run as finished, and close the trackers."""
+        if self.main:
+            result = {"step": self.step, "seconds": round(self.seconds, 1)} | result
+            write_text(self.out / "result.json", json.dumps(result, indent=1) + "\n")
+        self.accelerator.end_training()
+
+
+def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Data sets make whole batches: nothing is left to collate."""
+    return batch
+
+
+class stopped_by_signals:
+    """While open, the first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after the step; the second leaves at once."""
+
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __enter__(self) -> None:
+        self.before = {number: signal.signal(number, self.handle) for number in self.caught}
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: object) -> None:
+        number = signal.SIGTERM if number == signal.SIGUSR1 else number
+        if self.run._stop_signal:
+            os._exit(128 + number)
+        self.run._stop_signal = number
+        self.run.say("stopping after this step; once more to leave at once")
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"run": {"seed": 0}} => {"run.seed": 0}"""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {
+        key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()
+    }

@@ -1,0 +1,5 @@
+"""What people run and publish."""
+
+from pipelines.latent_diffusion import LatentDiffusion
+
+__all__ = ["LatentDiffusion"]

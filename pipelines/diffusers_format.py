@@ -1,0 +1,137 @@
+"""Models as stock diffusers folders.
+
+A model of captions is a `StableDiffusionPipeline`. A model of classes or of nothing consists of the same stock
+parts, listed in `model_index.json` with the class names under `id2label`, as `DiTPipeline` keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoencoder.files import written_beside
+from autoencoder.kl import AutoencoderKL
+from autoencoder.store import weight_hash
+from ldm.conditioning import ClassLabels, Text, Unconditional, encoder_class
+from ldm.config import UserError
+from ldm.prediction import make_prediction
+from ldm.unet import UNet
+from pipelines.schedulers import from_scheduler_config, scheduler_config
+
+if TYPE_CHECKING:
+    from pipelines.latent_diffusion import LatentDiffusion
+
+INDEX = "model_index.json"
+OURS = "LatentDiffusionPipeline"
+TEXT = "StableDiffusionPipeline"
+FILES = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+
+
+def save(model: LatentDiffusion, folder: Path) -> None:
+    """Write `model` to `folder`, taking the place of what was there only when all of it is written."""
+    parts: dict[str, Any] = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    scheduler = scheduler_config(model.path, model.prediction.name, model.sampler)
+    parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    with written_beside(folder) as fresh:
+        model.unet.save_pretrained(fresh / "unet")
+        model.autoencoder.save_pretrained(fresh / "vae")
+        write_json(fresh / "scheduler" / "scheduler_config.json", scheduler)
+        index: dict[str, Any] = {"_class_name": OURS}
+        if isinstance(model.conditioner, Text):
+            index["_class_name"] = TEXT
+            parts |= _save_text(model.conditioner, fresh)
+        elif isinstance(model.conditioner, ClassLabels):
+            index["id2label"] = dict(enumerate(model.conditioner.classes))
+        index["_autoencoder_sha256"] = weight_hash(model.autoencoder.state_dict())
+        write_json(fresh / INDEX, index | parts)
+
+
+def _save_text(conditioner: Text, fresh: Path) -> dict[str, Any]:
+    conditioner.tokenizer.save_pretrained(fresh / "tokenizer")
+    conditioner.encoder.save_pretrained(fresh / "text_encoder")  # type: ignore[operator]
+    return {
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "text_encoder": ["transformers", type(conditioner.encoder).__name__],
+        "tokenizer": ["transformers", tokenizer_class(conditioner.tokenizer)],
+    }
+
+
+def tokenizer_class(tokenizer: Any) -> str:
+    """The name under which every transformers release has the tokenizer's class."""
+    name = type(tokenizer).__name__
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
+
+
+def load(model: str | Path) -> dict[str, Any]:
+    """The parts of a `LatentDiffusion`, in float32 on the CPU.
+
+    Args:
+        model: a run folder, a stock folder, or the name of one on the hub.
+
+    Raises:
+        UserError: nothing there, or not a kind of model that is drawn with here.
+        ValueError: a part that is not supported, or does not belong to the others.
+    """
+    folder = find(model)
+    index = json.loads((folder / INDEX).read_text())
+    kind = index.get("_class_name")
+    if kind not in (OURS, TEXT):
+        raise UserError(f"{folder} holds a {kind}; this tool draws with {TEXT} and {OURS} folders.")
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
+    made_for = index.get("_autoencoder_sha256")
+    if made_for and made_for != weight_hash(autoencoder.state_dict()):
+        raise UserError(f"The autoencoder in {folder}/vae is not the one that the U-Net was trained with.")
+    path, prediction, sampler = from_scheduler_config(
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    )
+    return {
+        "autoencoder": autoencoder,
+        "unet": UNet.from_pretrained(folder / "unet"),
+        "conditioner": load_conditioner(folder, index),
+        "path": path,
+        "prediction": make_prediction(prediction, path),
+        "sampler": sampler,
+    }
+
+
+def load_conditioner(folder: Path, index: dict[str, Any]) -> Any:
+    """Captions, classes or nothing, as `model_index.json` says."""
+    if index["_class_name"] == OURS:
+        names = index.get("id2label")
+        return ClassLabels([names[str(i)] for i in range(len(names))]) if names else Unconditional()
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    found = encoder_class(AutoConfig.from_pretrained(folder / "text_encoder"))
+    encoder = found.from_pretrained(folder / "text_encoder", use_safetensors=True)
+    return Text(tokenizer, encoder.float(), frozen=True).eval()
+
+
+def find(model: str | Path) -> Path:
+    """The local folder with `model_index.json` that a run folder, a stock folder or a hub name stands for."""
+    folder = Path(model).expanduser()
+    for candidate in (folder, folder / "model"):
+        if (candidate / INDEX).is_file():
+            return candidate
+    if folder.exists():
+        raise UserError(f"{folder} holds no model ({INDEX}); give a run folder whose training has saved one.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise UserError(f"{model} is neither a folder here nor a model on the hub: {reason}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

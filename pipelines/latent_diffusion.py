@@ -1,0 +1,172 @@
+"""A latent diffusion model, ready to draw.
+
+from pipelines import LatentDiffusion
+model = LatentDiffusion.from_pretrained("runs/scenes/ldm")
+model("a large red circle at the top left on a white background", seed=1)[0].show()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from autoencoder.kl import AutoencoderKL
+from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
+from ldm.data import to_images
+from ldm.denoiser import Denoiser
+from ldm.guidance import guided
+from ldm.paths import Flow
+from ldm.paths import Path as NoisePath
+from ldm.prediction import Prediction
+from ldm.samplers import SAMPLERS, Noise
+from ldm.unet import UNet
+from pipelines.schedulers import sampling_grid
+
+
+@dataclass(kw_only=True)
+class LatentDiffusion:
+    """Everything that drawing needs. All parts live on one device; weights are not changed.
+
+    `sampler` is the one that is used unless a call names another, and the one that a saved folder names.
+    """
+
+    autoencoder: AutoencoderKL
+    unet: UNet
+    conditioner: nn.Module
+    path: NoisePath
+    prediction: Prediction
+    sampler: str = "dpmpp_2m"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.unet.parameters()).device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        *,
+        steps: int = 30,
+        sampler: str | None = None,
+        guidance: float = 4.0,
+        negative: str = "",
+        n: int = 1,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        batch: int = 16,
+        progress: bool = False,
+    ) -> list[Image.Image]:
+        """Draw `n` pictures for each prompt, in the order of the prompts.
+
+        Args:
+            prompts: captions, or names of classes; None for a model that is told nothing.
+            steps: sampling steps, from 1 to the number of training levels.
+            sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
+            guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
+            negative: caption to be guided away from; only for models of captions.
+            seed: picture i is drawn from seed + i, whatever is drawn beside it.
+            size: (width, height) in pixels; by default that of training.
+            batch: pictures drawn together.
+
+        Raises:
+            ValueError: names an argument that is out of range, an unknown sampler or class.
+        """
+        sampler = sampler or self.sampler
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        read = self.read(prompts, n)
+        count = len(next(iter(read.values()))) if read else n
+        shape = self.latent_shape(size)
+        path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
+        grid, start = sampling_grid(path, sampler, steps)
+        images: list[Image.Image] = []
+        with tqdm(total=count, unit="img", disable=not progress) as bar:
+            for first in range(0, count, batch):
+                last = min(count, first + batch)
+                cond = self.conditioner({k: v[first:last].to(self.device) for k, v in read.items()})
+                null = self.null(negative, last - first)
+                noise = noise_of(range(seed + first, seed + last), shape, self.device)
+                denoise = guided(self.denoiser(), cond, null, guidance)
+                z = SAMPLERS[sampler](denoise, noise(-1) * start, grid, noise=noise)
+                images += to_images(self.decode(z))
+                bar.update(last - first)
+        return images
+
+    def read(self, prompts: str | Sequence[str] | None, n: int) -> dict[str, Tensor]:
+        """Prompts, each n times, as the conditioner's batch."""
+        if isinstance(self.conditioner, Unconditional):
+            if prompts is not None:
+                raise ValueError("prompts are given, but this model draws without; leave them out")
+            return {}
+        if prompts is None:
+            raise ValueError(f"prompts is None, but this model needs {self.needs}")
+        names = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.conditioner.read([name for name in names for _ in range(n)])  # type: ignore[operator]
+
+    @property
+    def needs(self) -> str:
+        """What a prompt is to this model."""
+        return "the name of a class" if isinstance(self.conditioner, ClassLabels) else "a caption"
+
+    def null(self, negative: str, n: int) -> Cond:
+        """The condition to be guided away from, for n samples."""
+        if not negative:
+            return self.conditioner.null(n)  # type: ignore[operator]
+        if not isinstance(self.conditioner, Text):
+            raise ValueError(
+                f"negative is {negative!r}, but only a model of captions can be told what to avoid"
+            )
+        return self.conditioner(
+            {k: v.to(self.device) for k, v in self.conditioner.read([negative] * n).items()}
+        )
+
+    def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(C, h, w) for a picture of (width, height) pixels."""
+        factor = self.autoencoder.config.factor
+        side = self.unet.config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side or (None, None)
+        if size is not None:
+            for name, value in zip(("width", "height"), size, strict=True):
+                if value < factor or value % factor:
+                    near = max(factor, round(value / factor) * factor)
+                    raise ValueError(
+                        f"{name} is {value}, which the factor {factor} does not divide; try {near}"
+                    )
+            width, height = size[0] // factor, size[1] // factor
+        if height is None or width is None:
+            raise ValueError("size is None, and the model does not say its own; give (width, height)")
+        return self.autoencoder.config.latent_channels, height, width
+
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.unet, self.path, self.prediction)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]."""
+        config = self.autoencoder.config
+        return self.autoencoder.decode(z / config.scaling_factor + (config.shift_factor or 0.0))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a stock diffusers folder; see `diffusers_format.save`."""
+        from pipelines import diffusers_format
+
+        diffusers_format.save(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path) -> Self:
+        """Read a run folder, a stock folder or a hub name; see `diffusers_format.load`."""
+        from pipelines import diffusers_format
+
+        return cls(**diffusers_format.load(model))
+
+
+def noise_of(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:
+    """Noise [B, *shape], float32, fresh at each call: row i from its own seed, as stock pipelines draw it."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda step: torch.cat([torch.randn((1, *shape), generator=g) for g in generators]).to(device)

@@ -1,0 +1,51 @@
+"""Pictures of pictures: contact sheets with captions, originals beside reconstructions."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 8
+INK, PAPER, FAILED = "#222222", "#ffffff", "#c0392b"
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    tile: int = 128,
+    wrong: Sequence[bool] | None = None,
+) -> Image.Image:
+    """Pictures in rows, each `tile` pixels wide with its caption below it; captions of `wrong` ones in red."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    size = max(9, tile // 11)
+    font = ImageFont.load_default(size)
+    texts = [textwrap.wrap(c, max(8, round(tile / size * 1.9)))[:3] for c in captions] if captions else []
+    height = tile + GAP + (size + 3) * max(map(len, texts), default=0)
+    sheet = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + rows * (height + GAP)), PAPER)
+    brush = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = GAP + i % columns * (tile + GAP), GAP + i // columns * (height + GAP)
+        sheet.paste(
+            image.resize((tile, round(tile * image.height / image.width)), Image.Resampling.BICUBIC), (x, y)
+        )
+        if texts:
+            ink = FAILED if wrong and wrong[i] else INK
+            brush.multiline_text((x, y + tile + 3), "\n".join(texts[i]), ink, font=font, spacing=2)
+    return sheet
+
+
+def side_by_side(*rows: Sequence[Image.Image], columns: int = 8, tile: int = 96) -> Image.Image:
+    """Corresponding pictures of several rows one below the other, `columns` at a time."""
+    ordered = [
+        image
+        for first in range(0, len(rows[0]), columns)
+        for row in rows
+        for image in row[first : first + columns]
+    ]
+    return contact_sheet(ordered, columns=min(columns, len(rows[0])), tile=tile)

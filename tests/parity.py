@@ -1,0 +1,250 @@
+"""Every sampler against the diffusers scheduler class it corresponds to: `python -m tests.parity`.
+
+Each side draws on its own, with its own grid, conversion of the network's output and scale of the first
+noise; only the network and the noise are shared. Both calculate in float64. The table says what was compared:
+
+    export       the class and configuration of the export table, used as a stock pipeline uses it
+    img2img      the same, begun part-way from a noised picture, as stock image-to-image pipelines do
+    converted    the same as export, but the network's output is first converted to a prediction that the class takes
+    levels       no class has this path: the one with this sampler is run on our levels
+    class        another class of the same mathematics, with its own grid
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ldm.conditioning import Cond
+from ldm.denoiser import Denoiser
+from ldm.paths import EDM, VP, Flow, Grid, Path
+from ldm.prediction import PREDICTIONS, make_prediction
+from ldm.samplers import SAMPLERS, Sampler, ddim
+from pipelines.schedulers import TABLE, sampling_grid, scheduler_config
+
+BOUND = 1e-5  # largest difference, relative to the largest value
+STEPS = (2, 7, 10, 20, 50)
+SHAPE = (2, 4, 6, 6)
+PATHS: dict[str, Path] = {
+    "flow": Flow(),
+    "flow shift 3": Flow(shift=3.0),
+    "vp scaled_linear": VP(),
+    "vp linear": VP(schedule="linear"),
+    "vp cosine": VP(schedule="cosine"),
+    "vp sigmoid": VP(schedule="sigmoid"),
+    "vp zero-SNR": VP(zero_terminal_snr=True),
+    "edm": EDM(),
+}
+PICTURE = torch.linspace(-1, 1, 288, dtype=torch.float64).sin().view(SHAPE)
+ShownNetwork = Callable[[Tensor, Tensor, int], Tensor]  # (scaled x, t, call) -> output
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison."""
+
+    path: str
+    prediction: str
+    sampler: str
+    steps: int
+    scheduler: str
+    how: str
+    difference: float
+
+
+def network(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+    """Some smooth function of all it is given, in place of a trained network; too flat to be chaotic."""
+    turn = torch.cos(t.to(x) / 300).view(-1, 1, 1, 1)
+    return 0.2 * torch.sin(x) + 0.1 * turn * x.roll(1, 1) - 0.1 * x.roll(1, 3)
+
+
+def normal(seed: int = 0) -> Callable[..., Tensor]:
+    """Standard normal numbers, the same sequence for both sides, whatever they are asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *_, **__: torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+
+
+def ours(denoiser: Denoiser, sampler: Sampler, grid: Grid, scale: float, strength: float = 1.0) -> Tensor:
+    """Draw with our sampler; from PICTURE if strength is below 1."""
+    draw, grid = normal(), grid.from_strength(strength)
+    x = draw() * scale if strength == 1 else grid.alpha[0] * PICTURE + grid.sigma[0] * draw()
+    return sampler(lambda x, level: denoiser(x, level, Cond()), x, grid, noise=draw)
+
+
+class Double:
+    """torch, for a module that would cast to float32."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def theirs(
+    scheduler: Any,
+    steps: int,
+    shown: ShownNetwork | None = None,
+    *,
+    levels: Grid | None = None,
+    strength: float = 1.0,
+    **extra: Any,
+) -> Tensor:
+    """Draw as a stock pipeline does; on our levels if given; from PICTURE if strength is below 1."""
+    draw, module = normal(), type(scheduler).__module__
+    shown = shown or (lambda x, t, call: network(x, t.expand(len(x))))
+    scheduler.set_timesteps(steps)
+    if levels is not None:
+        twice = [1, *[scheduler.order] * (steps - 1), 1]  # Heun lists every inner level twice
+        scheduler.sigmas = (levels.sigma / levels.alpha).repeat_interleave(torch.tensor(twice))
+        scheduler.timesteps = torch.arange(len(scheduler.timesteps)).to(scheduler.timesteps)
+    elif hasattr(scheduler, "sigmas"):
+        scheduler.sigmas = scheduler.sigmas.double()
+    first = (steps - int(steps * strength)) * scheduler.order
+    timesteps = scheduler.timesteps[first:]
+    if first and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(first)
+    x = draw() * getattr(scheduler, "init_noise_sigma", 1.0) if not first else draw()
+    x = scheduler.add_noise(PICTURE, x, timesteps[:1].expand(len(x))) if first else x
+    with mock.patch(f"{module}.randn_tensor", draw, create=True), mock.patch(f"{module}.torch", Double()):
+        for call, t in enumerate(timesteps):
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(shown(scaled, t, call), t, x, **extra, return_dict=False)[0]
+    return x
+
+
+def converting(denoiser: Denoiser, grid: Grid, taken: str, sigma_data: float, order: int) -> ShownNetwork:
+    """The denoiser as a network that predicts what a class takes.
+
+    sigma_data: the class shows x divided by (alpha^2 sigma_data^2 + sigma^2)^1/2, on a flow path x itself.
+    """
+    prediction = make_prediction(taken, denoiser.path)
+
+    def shown(scaled: Tensor, t: Tensor, call: int) -> Tensor:
+        level = grid[(call + order - 1) // order]
+        flat = denoiser.path.kind == "flow"
+        x = scaled if flat else scaled * ((level.alpha * sigma_data) ** 2 + level.sigma**2).sqrt()
+        x0 = denoiser(x, level, Cond())
+        return prediction.target(x0, (x - level.alpha * x0) / level.sigma, level.alpha, level.sigma)
+
+    return shown
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest value; infinite if anything is not finite."""
+    value = ((a - b).abs().max() / b.abs().max()).item()
+    return value if value == value else float("inf")
+
+
+def exported(path: Path, prediction: str, sampler: str, steps: int) -> tuple[str, str, float]:
+    """A row of the export table, with any prediction."""
+    row = TABLE[path.kind, sampler]
+    taken: Any = prediction if prediction in row.predictions else row.predictions[-1]
+    scheduler = getattr(diffusers, row.name).from_config(scheduler_config(path, taken, sampler))
+    grid, scale = sampling_grid(path, sampler, steps)
+    denoiser = Denoiser(network, path, make_prediction(prediction, path))
+    sigma_data = path.sigma_data if isinstance(path, EDM) else 1.0
+    shown = None if taken == prediction else converting(denoiser, grid, taken, sigma_data, scheduler.order)
+    drawn = ours(denoiser, SAMPLERS[sampler], grid, scale)
+    how = "export" if shown is None else "converted"
+    return row.name, how, difference(drawn, theirs(scheduler, steps, shown))
+
+
+def from_picture(path: Path, prediction: str, sampler: str, steps: int) -> tuple[str, str, float]:
+    """A row of the export table as stock image-to-image pipelines use it."""
+    row, strength = TABLE[path.kind, sampler], 0.55
+    scheduler = getattr(diffusers, row.name).from_config(scheduler_config(path, prediction, sampler))
+    denoiser = Denoiser(network, path, make_prediction(prediction, path))
+    drawn = ours(denoiser, SAMPLERS[sampler], path.grid(steps, row.spacing), 1.0, strength)
+    return row.name, "img2img", difference(drawn, theirs(scheduler, steps, strength=strength))
+
+
+def on_levels(path: Path, prediction: str, sampler: str, steps: int) -> tuple[str, str, float]:
+    """A path that no class has: the class with this sampler, on our levels."""
+    name = {"heun": "HeunDiscreteScheduler", "unipc": "UniPCMultistepScheduler"}[sampler]
+    scheduler = getattr(diffusers, name)(timestep_spacing="leading")
+    grid = path.grid(steps)
+    denoiser = Denoiser(network, path, make_prediction(prediction, path))
+    shown = converting(denoiser, grid, "epsilon", 1.0, scheduler.order)
+    drawn = ours(denoiser, SAMPLERS[sampler], grid, grid.start)
+    return name, "levels", difference(drawn, theirs(scheduler, steps, shown, levels=grid))
+
+
+def flow_match(path: Flow, sampler: str, steps: int) -> tuple[str, str, float]:
+    """The FlowMatch classes, whose grid shifts twice at its lower end."""
+    name = f"FlowMatch{sampler.capitalize()}DiscreteScheduler"
+    denoiser = Denoiser(network, path, make_prediction("flow", path))
+    drawn = ours(denoiser, SAMPLERS[sampler], path.grid(steps, "linspace"), 1.0)
+    return name, "class", difference(drawn, theirs(getattr(diffusers, name)(shift=path.shift), steps))
+
+
+def ddim_class(path: VP, prediction: str, eta: float, steps: int) -> tuple[str, str, float]:
+    """DDIMScheduler, which lands where it means to with leading spacing."""
+    config = scheduler_config(path, prediction, "ddim")
+    keys = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, **{key: config[key] for key in keys})
+    denoiser = Denoiser(network, path, make_prediction(prediction, path))
+    drawn = ours(denoiser, partial(ddim, eta=eta), path.grid(steps, "leading"), 1.0)
+    return "DDIMScheduler", "class", difference(drawn, theirs(scheduler, steps, eta=eta))
+
+
+def rows(paths: dict[str, Path] = PATHS, steps: tuple[int, ...] = STEPS) -> Iterator[Row]:
+    """Every comparison on these paths."""
+    for name, path in paths.items():
+        for n in steps:
+            for compared, prediction, sampler in comparisons(path):
+                yield Row(name, prediction, sampler, n, *compared(n))
+
+
+def comparisons(path: Path) -> Iterator[tuple[Callable[[int], tuple[str, str, float]], str, str]]:
+    """What is to be compared on a path: (function of the steps, prediction, sampler)."""
+    zero = isinstance(path, VP) and path.zero_terminal_snr
+    for prediction in PREDICTIONS:
+        for sampler in SAMPLERS:
+            row = TABLE.get((path.kind, sampler))
+            if zero and (prediction == "epsilon" or (row and not row.zero_terminal_snr)):
+                continue  # refused, as tests/test_schedulers.py shows
+            if row:
+                yield partial(exported, path, prediction, sampler), prediction, sampler
+                if prediction == ("v" if path.kind == "vp" else row.predictions[0]):
+                    yield partial(from_picture, path, prediction, sampler), prediction, sampler
+            elif path.kind == "edm":
+                yield partial(on_levels, path, prediction, sampler), prediction, sampler
+    if isinstance(path, Flow):
+        for sampler in ("euler", "heun"):
+            yield partial(flow_match, path, sampler), "flow", sampler
+    if isinstance(path, VP) and not zero:
+        for prediction in ("epsilon", "v", "sample"):
+            for eta in (0.0, 0.5, 1.0):
+                yield partial(ddim_class, path, prediction, eta), prediction, f"ddim eta {eta}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--path", choices=PATHS, help="compare on this path only")
+    chosen = parser.parse_args().path
+    failed = count = 0
+    heads = f"{'path':18}{'prediction':12}{'sampler':17}{'steps':>5}  {'diffusers class':33}"
+    print(f"{heads}{'how':11}{'difference':>10}  bound")
+    for row in rows({chosen: PATHS[chosen]} if chosen else PATHS):
+        count, failed = count + 1, failed + (row.difference > BOUND)
+        print(
+            f"{row.path:18}{row.prediction:12}{row.sampler:17}{row.steps:5}  {row.scheduler:33}{row.how:11}"
+            f"{row.difference:10.1e}  {BOUND:g}{'' if row.difference <= BOUND else '  FAILED'}"
+        )
+    print(f"{count} rows, {failed} over the bound")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

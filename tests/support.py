@@ -1,0 +1,61 @@
+"""The scripts as tests start them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+TOY = ROOT / "tests" / "toy"
+
+
+def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object) -> subprocess.Popen:
+    """A script of ours on one or more real processes, on the CPU, with one thread each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    launch = [sys.executable]
+    if processes > 1:
+        launch += [
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+        ]
+        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    return subprocess.Popen(
+        [*launch, *command],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **popen,
+    )
+
+
+def ran(*command: str, processes: int = 1, code: int = 0, cwd: Path = ROOT) -> str:
+    """What the script printed; it must have ended with `code`."""
+    process = started(*command, processes=processes, cwd=cwd)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err[-3000:]
+    return out + err
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def newest_weights(run: Path) -> dict[str, Tensor]:
+    """Every tensor of the newest checkpoint, by part and name."""
+    folder = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {
+        f"{f.stem}/{key}": value
+        for f in sorted(folder.glob("*.safetensors"))
+        for key, value in load_file(f).items()
+    }

@@ -1,0 +1,287 @@
+"""The whole chain on a toy budget: both scripts, resume, signals, two processes, and the stock reload."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_ldm
+import train_vae
+from autoencoder.kl import AutoencoderKL
+from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
+from pipelines import LatentDiffusion
+from pipelines.cli import main as ldm
+from tests.support import TOY, losses, newest_weights, ran, started
+
+PROMPTS = [
+    "a large red circle at the top left on a white background",
+    "a small blue star at the center on a black background",
+]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, trained in this process: folders vae and ldm."""
+    out = tmp_path_factory.mktemp("chain")
+    train_vae.main(["--config", str(TOY / "vae.yaml"), "--run.out", str(out / "vae")])
+    train_ldm.main(
+        ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
+    )
+    return out
+
+
+def test_latents_of_the_training_set_have_mean_0_and_std_1(chain: Path) -> None:
+    autoencoder = AutoencoderKL.from_pretrained(chain / "vae" / "model")
+    source = open_source(DataConfig(size=16, scenes=ScenesConfig(count=24)))
+    posterior = autoencoder.encode(torch.stack([to_tensor(source.picture(i, 16)) for i in range(24)]))
+    mean = posterior.mean.mean(dim=(0, 2, 3))
+    variance = (posterior.mean.square() + posterior.std.square()).mean(dim=(0, 2, 3)) - mean.square()
+    assert mean.abs().max() < 0.01 and (variance.sqrt() - 1).abs().max() < 0.01
+    assert autoencoder.config.scaling_factor == 1
+
+
+def test_run_folders_hold_what_they_should(chain: Path) -> None:
+    for stage in ("vae", "ldm"):
+        names = {p.name for p in (chain / stage).iterdir()}
+        assert {"config.yaml", "checkpoints", "model", "samples", "metrics.jsonl", "result.json"} <= names
+        assert [p.name for p in sorted((chain / stage / "checkpoints").iterdir())] == [
+            "step-00000003",
+            "step-00000006",
+        ]
+    assert json.loads((chain / "vae" / "result.json").read_text())["psnr_db"] > 3
+
+
+def test_a_finished_run_starts_at_no_cost(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (chain / "vae" / "metrics.jsonl").read_text()
+    train_vae.main(["--config", str(TOY / "vae.yaml"), "--run.out", str(chain / "vae")])
+    assert "is finished" in capsys.readouterr().err
+    assert (chain / "vae" / "metrics.jsonl").read_text() == before
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(chain: Path, tmp_path: Path) -> None:
+    for stage, script in (("vae", train_vae), ("ldm", train_ldm)):
+        arguments = ["--config", str(TOY / f"{stage}.yaml"), "--run.out", str(tmp_path / stage)]
+        arguments += ["--autoencoder", str(chain / "vae")] if stage == "ldm" else []
+        with pytest.raises(SystemExit) as stopped:
+            _main_until(script, arguments, step=3)
+        assert stopped.value.code == 143
+        script.main(arguments)
+        one, other = newest_weights(chain / stage), newest_weights(tmp_path / stage)
+        differ = [key for key in one if not torch.equal(one[key], other[key])]
+        assert not differ and one.keys() == other.keys()
+        assert losses(chain / stage) == losses(tmp_path / stage)
+
+
+def _main_until(script, arguments: list[str], step: int) -> None:
+    """Run a script in this process and send it SIGTERM during an optimizer step."""
+    original = script.Run.update
+
+    def update(run, *rest) -> None:
+        original(run, *rest)
+        if run.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    script.Run.update = update
+    try:
+        script.main(arguments)
+    finally:
+        script.Run.update = original
+
+
+def test_two_processes_learn_what_one_learns(chain: Path, tmp_path: Path) -> None:
+    for stage in ("vae", "ldm"):
+        arguments = [
+            f"train_{stage}.py",
+            "--config",
+            str(TOY / f"{stage}.yaml"),
+            "--run.out",
+            str(tmp_path / stage),
+        ]
+        arguments += ["--autoencoder", str(chain / "vae")] if stage == "ldm" else []
+        ran(*arguments, processes=2)
+        one, other = newest_weights(chain / stage), newest_weights(tmp_path / stage)
+        assert one.keys() == other.keys()
+        for key in one:
+            if key.startswith(("autoencoder/", "unet/", "conditioner/")):
+                torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(chain: Path, tmp_path: Path) -> None:
+    arguments = ["train_vae.py", "--config", str(TOY / "vae.yaml"), "--run.out", str(tmp_path / "run")]
+    arguments += ["--run.steps", "400"]
+    process = started(*arguments)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "to go on, run the same command again" in err
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    assert int(saved.name.removeprefix("step-")) >= len(metrics.read_text().splitlines())
+
+
+def test_another_autoencoder_is_refused(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_vae.main(["--config", str(TOY / "vae.yaml"), "--run.out", str(tmp_path / "vae"), "--run.seed", "1"])
+    moved = chain / "vae" / "model.away"
+    (chain / "vae" / "model").rename(moved)
+    (chain / "ldm" / "result.json").rename(chain / "ldm" / "result.away")
+    try:
+        (tmp_path / "vae" / "model").rename(chain / "vae" / "model")
+        with pytest.raises(SystemExit) as stopped:
+            train_ldm.main(
+                [
+                    "--config",
+                    str(TOY / "ldm.yaml"),
+                    "--autoencoder",
+                    str(chain / "vae"),
+                    "--run.out",
+                    str(chain / "ldm"),
+                ]
+            )
+    finally:
+        (chain / "vae" / "model").rename(tmp_path / "vae" / "model")
+        moved.rename(chain / "vae" / "model")
+        (chain / "ldm" / "result.away").rename(chain / "ldm" / "result.json")
+    assert stopped.value.code == 1 and "begun with another autoencoder" in capsys.readouterr().err
+
+
+def test_another_recipe_is_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_vae.main(
+            [
+                "--config",
+                str(TOY / "vae.yaml"),
+                "--run.out",
+                str(chain / "vae"),
+                "--run.steps",
+                "9",
+                "--loss.kl",
+                "0.1",
+            ]
+        )
+    said = capsys.readouterr().err
+    assert "loss.kl was 1e-06 and is 0.1" in said
+
+
+STOCK = """
+import sys, torch
+sys.modules.update(dict.fromkeys(("ldm", "autoencoder", "pipelines"), None))  # importing ours fails from here on
+from diffusers import StableDiffusionPipeline
+model = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+generators = [torch.Generator().manual_seed(seed) for seed in (5, 6)]
+images = model(sys.argv[3:], num_inference_steps=7, guidance_scale=3.0, generator=generators).images
+for i, image in enumerate(images):
+    image.save(f"{sys.argv[2]}/{i}.png")
+"""
+
+
+def test_stock_diffusers_draws_what_we_draw_without_our_packages(chain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    subprocess.run(
+        [sys.executable, "-c", STOCK, str(chain / "ldm" / "model"), str(tmp_path), *PROMPTS],
+        check=True,
+        cwd=tmp_path,
+    )
+    ours = LatentDiffusion.from_pretrained(chain / "ldm")(PROMPTS, steps=7, guidance=3.0, seed=5)
+    for i, image in enumerate(ours):
+        theirs = np.asarray(Image.open(tmp_path / f"{i}.png")).astype(int)
+        assert np.abs(np.asarray(image) - theirs).max() <= 2
+
+
+def test_pictures_depend_on_their_seed_alone(chain: Path) -> None:
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    for sampler in ("dpmpp_2m", "euler_ancestral"):
+        together = model(PROMPTS, n=2, steps=4, seed=3, sampler=sampler)
+        alone = [model(PROMPTS[i // 2], steps=4, seed=3 + i, sampler=sampler)[0] for i in range(4)]
+        for one, other in zip(together, alone, strict=True):
+            assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+
+
+def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text(PROMPTS[1] + "\n\n")
+    ldm(
+        ["generate", str(chain / "ldm"), PROMPTS[0], "--prompts", str(tmp_path / "more.txt"), "--steps", "2"]
+        + ["--n", "2", "--seed", "7", "--size", "24x16", "--out", str(tmp_path / "out")]
+    )
+    assert len(list((tmp_path / "out").glob("0*.png"))) == 4 and (tmp_path / "out" / "sheet.png").exists()
+    last = Image.open(tmp_path / "out" / "0003.png")
+    assert last.size == (24, 16)
+    assert (
+        last.text["prompt"] == PROMPTS[1] and last.text["seed"] == "10" and last.text["sampler"] == "dpmpp_2m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["generate", "nowhere", "x", "--out", "o"], 1, "neither a folder here nor a model on the hub"),
+        (["generate", "{ldm}", "--out", "o"], 1, "needs a caption"),
+        (["generate", "{ldm}", "x", "--steps", "0", "--out", "o"], 1, "steps is 0"),
+        (["generate", "{ldm}", "x", "--steps", "1001", "--out", "o"], 1, "steps is 1001"),
+        (["generate", "{ldm}", "x", "--sampler", "magic", "--out", "o"], 1, "sampler is 'magic'"),
+        (["generate", "{ldm}", "x", "--size", "15x16", "--out", "o"], 1, "width is 15"),
+        (["generate", "{ldm}", "x", "--size", "big", "--out", "o"], 2, "'big' is not WIDTHxHEIGHT"),
+        (["generate", "{ldm}", "x", "--guidance", "nan", "--out", "o"], 1, "scale is nan"),
+        (["generate", "{ldm}", "x"], 2, "--out"),
+        (["paint"], 2, "invalid choice: 'paint'"),
+    ],
+)
+def test_bad_requests_are_one_sentence(
+    chain: Path, arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ldm([argument.format(ldm=chain / "ldm") for argument in arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == code and message in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code", "message"),
+    [
+        (train_vae, ["--run.oot", "x"], 2, "run.oot"),
+        (train_vae, ["--run.steps", "many"], 2, "run.steps"),
+        (train_vae, ["--run.batch_size", "0"], 2, "run.batch_size is 0"),
+        (train_vae, ["--config", "nowhere.yaml"], 2, "nowhere.yaml"),
+        (train_vae, ["--data.path", "nowhere/at/all"], 2, "data.scenes is set, but data.path is nowhere"),
+        (
+            train_vae,
+            ["--data.path", "nowhere/at/all", "--data.scenes.count", "8192"],
+            1,
+            "There is nothing at nowhere/at/all",
+        ),
+        (train_vae, ["--data.size", "17"], 2, "data.size is 17"),
+        (train_vae, ["--network.norm_num_groups", "3"], 2, "norm_num_groups"),
+        (train_vae, ["--run.out", "/proc/nope"], 1, "/proc/nope can't be made"),
+        (train_ldm, ["--autoencoder", "nowhere/at/all/x"], 1, "nowhere/at/all/x"),
+        (train_ldm, ["--conditioning.kind", "class"], 2, "conditioning.text is set"),
+        (train_ldm, ["--path.kind", "edm", "--path.flow.shift", "3"], 2, "flow is set"),
+        (train_ldm, ["--autoencoder", "{vae}", "--network.in_channels", "9"], 1, "network.in_channels is 9"),
+    ],
+)
+def test_bad_settings_are_one_sentence(
+    chain: Path,
+    tmp_path: Path,
+    script,
+    arguments: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stage = script.__name__.removeprefix("train_")
+    with pytest.raises(SystemExit) as ended:
+        script.main(
+            ["--config", str(TOY / f"{stage}.yaml"), "--run.out", str(tmp_path / "run")]
+            + [argument.format(vae=chain / "vae") for argument in arguments]
+        )
+    said = capsys.readouterr().err
+    assert ended.value.code == code and message in said and "Traceback" not in said

@@ -1,0 +1,85 @@
+"""A checkpoint is whole or not there, and a damaged one is passed over."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autoencoder.files import written_beside
+from ldm import checkpoint
+from ldm.optim import OptimizerConfig, make_optimizer
+
+
+def trained() -> dict[str, checkpoint.Stateful]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8))
+    optimizer = make_optimizer(OptimizerConfig(), [model])
+    for _ in range(2):
+        model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+def test_state_survives_bit_for_bit(tmp_path: Path) -> None:
+    before = trained()
+    checkpoint.save(tmp_path / "step-1", before, {"note.txt": "x"}, keep=2)
+    after = trained()
+    for p in after["model"].parameters():
+        p.data.zero_()
+    after["optimizer"].state.clear()
+    checkpoint.restore(tmp_path / "step-1", after)
+    for name in before:
+        one, other = (checkpoint.split(parts[name].state_dict()) for parts in (before, after))
+        assert one[1] == other[1]
+        assert all(torch.equal(one[0][key], other[0][key]) for key in one[0] | other[0])
+
+
+def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in range(4):
+        checkpoint.save(tmp_path / f"step-{step:08d}", trained(), {}, keep=2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, zero, Path.unlink])
+def test_any_damage_to_any_file_falls_back(tmp_path: Path, harm) -> None:
+    good, bad = tmp_path / "step-00000001", tmp_path / "step-00000002"
+    checkpoint.save(good, trained(), {"config.yaml": "a: 1"}, keep=2)
+    for name in [p.name for p in sorted(good.iterdir())]:
+        checkpoint.save(bad, trained(), {"config.yaml": "a: 1"}, keep=2)
+        assert checkpoint.newest(tmp_path) == bad
+        harm(bad / name)
+        with pytest.warns(UserWarning, match="damaged checkpoint"):
+            assert checkpoint.newest(tmp_path) == good, name
+
+
+def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with written_beside(target) as fresh:
+        (fresh / "a").write_text("old")
+    with pytest.raises(RuntimeError), written_beside(target) as fresh:
+        (fresh / "a").write_text("new")
+        raise RuntimeError
+    assert (target / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
+    (tmp_path / ".model.old").mkdir()
+    (tmp_path / ".model.old" / "a").write_text("old")
+    with pytest.raises(RuntimeError), written_beside(tmp_path / "model"):
+        raise RuntimeError
+    assert (tmp_path / "model" / "a").read_text() == "old"

@@ -1,0 +1,227 @@
+"""Stage 2: train a U-Net that diffuses in the latents of an autoencoder, told by captions, classes or nothing.
+
+    python train_ldm.py --config configs/scenes/ldm.yaml [--autoencoder DIR_OR_HUB] [--data.path FOLDER] [...]
+
+Run the same command again to go on with a run that was stopped. OUT/model is the newest model, averaged weights,
+as a stock diffusers folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from autoencoder.kl import AutoencoderKL
+from autoencoder.store import weight_hash
+from ldm.cache import LatentCache, build
+from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
+from ldm.config import UserError, command, load
+from ldm.data import DataConfig, Source, open_source, order
+from ldm.denoiser import Denoiser
+from ldm.ema import EMA
+from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.paths import PathConfig, make_path
+from ldm.prediction import PredictionName, Weight, make_prediction
+from ldm.training import Run, RunConfig
+from ldm.unet import UNet
+from ldm.unet_config import UNetConfig
+from pipelines import LatentDiffusion
+from pipelines.sheets import contact_sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig:
+    """Pictures drawn from fixed prompts and fixed noise while training."""
+
+    prompts: tuple[str, ...] = ()
+    """Captions or class names; by default the first distinct ones of the data"""
+    count: int = 16
+    """Pictures, if no prompts are given"""
+    every: int = 1000
+    """Optimizer steps between"""
+    steps: int = 20
+    """Sampling steps"""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Stage 2 of a latent diffusion model: the U-Net."""
+
+    run: RunConfig
+    autoencoder: str
+    """A stage 1 run, a stock AutoencoderKL folder, or the name of one on the hub"""
+    data: DataConfig = field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    network: UNetConfig = field(default_factory=UNetConfig)
+    path: PathConfig = field(default_factory=PathConfig)
+    prediction: PredictionName = "flow"
+    """What the network puts out"""
+    weight: Weight = field(default_factory=Weight)
+    sampler: str = "dpmpp_2m"
+    """The sampler that the saved model names"""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema_decay: float = 0.999
+    """Of the averaged weights, which are the ones drawn with and kept"""
+    show: ShowConfig = field(default_factory=ShowConfig)
+
+
+@command("train_ldm.py")
+def main(argv: Sequence[str]) -> None:
+    recipe = load(Recipe, argv, prog="train_ldm.py")
+    run = Run(recipe.run, recipe)
+    if run.finished():
+        return
+    source = open_source(recipe.data)
+    run.say(source.describe())
+    autoencoder = open_autoencoder(recipe.autoencoder).to(run.device, memory_format=torch.channels_last)
+    conditioner = make_conditioner(recipe.conditioning, source.texts, source.classes).to(run.device)
+    report_cut_captions(run, conditioner, source)
+    latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
+
+    unet = UNet(fit_network(recipe.network, autoencoder, latents, conditioner))
+    unet.to(run.device, memory_format=torch.channels_last)
+    ema = EMA(recipe.ema_decay, unet=unet, conditioner=conditioner)
+    path = make_path(recipe.path)
+    model = LatentDiffusion(
+        autoencoder=autoencoder,
+        unet=ema["unet"],  # type: ignore[arg-type]
+        conditioner=ema["conditioner"],
+        path=path,
+        prediction=make_prediction(recipe.prediction, path),
+        sampler=recipe.sampler,
+    )
+    optimizer = make_optimizer(recipe.optimizer, [unet, conditioner])
+    network, told, optimizer = prepare(run, unet, conditioner, optimizer)
+    denoiser = Denoiser(network, path, model.prediction, recipe.weight)
+    contract = Contract(weight_hash(autoencoder.state_dict()))
+    run.resume(unet=unet, conditioner=conditioner, ema=ema, optimizer=optimizer, contract=contract)
+    run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
+
+    for batch in run.batches(latents, order(source, recipe.data.balance)):
+        with run.accelerator.accumulate(network, told):
+            z = batch["mean"] + batch["std"] * run.normal("posterior", batch, latents.shape)
+            batch["drop"] = run.uniform("drop", batch) < recipe.conditioning.dropout
+            t = path.times(run.uniform("time", batch)).float()
+            loss = denoiser.loss(z, told(batch), t=t, noise=run.normal("noise", batch, latents.shape))
+            run.update(loss.mean(), optimizer, recipe.optimizer)
+            run.note(dropped=batch["drop"].float().mean())
+        if run.accelerator.sync_gradients:
+            ema.update(run.step, unet=unet, conditioner=conditioner)
+        if run.due(recipe.show.every):
+            show(run, model, recipe.show, source)
+        if run.due(recipe.run.log_every):
+            run.log()
+        if run.due(recipe.run.save_every):
+            run.save()
+            if run.main:
+                model.save_pretrained(run.out / "model")
+    run.say(f"the model is in {run.out}/model")
+    run.end()
+
+
+class Contract:
+    """A run belongs to one autoencoder: going on with another would train on latents of another meaning."""
+
+    def __init__(self, autoencoder: str) -> None:
+        self.autoencoder = autoencoder
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"autoencoder": self.autoencoder}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["autoencoder"] != self.autoencoder:
+            raise UserError(
+                f"This run was begun with another autoencoder (sha256 {state['autoencoder'][:12]}, "
+                f"now {self.autoencoder[:12]}); bring that one back, or choose another run.out."
+            )
+
+
+def open_autoencoder(name: str) -> AutoencoderKL:
+    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name."""
+    folder = Path(name).expanduser()
+    inner = next(
+        (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
+    )
+    if inner is None and folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, or set autoencoder."
+        )
+    return AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
+
+
+def fit_network(
+    config: UNetConfig, autoencoder: AutoencoderKL, latents: LatentCache, conditioner: nn.Module
+) -> UNetConfig:
+    """The U-Net's config with what the latents and the condition decide; UserError where the recipe says otherwise."""
+    channels, height, width = latents.shape
+    decided: dict[str, Any] = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "sample_size": height if height == width else (height, width),
+        "cross_attention_dim": None,
+        "num_class_embeds": None,
+    }
+    if isinstance(conditioner, Text):
+        decided["cross_attention_dim"] = conditioner.null(1).tokens.shape[-1]  # type: ignore[union-attr]
+    elif isinstance(conditioner, ClassLabels):
+        decided["num_class_embeds"] = len(conditioner.classes) + 1
+    for key in fields(config):
+        said = getattr(config, key.name)
+        if (
+            key.name in decided
+            and said not in (key.default, decided[key.name])
+            and key.default is not MISSING
+        ):
+            raise UserError(
+                f"network.{key.name} is {said}, but the autoencoder and the condition make it {decided[key.name]}; "
+                "leave it out."
+            )
+    return replace(config, **decided)
+
+
+def prepare(
+    run: Run, unet: UNet, conditioner: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Any, Any, Any]:
+    """U-Net, conditioner and optimizer for this process; a conditioner without trained weights stays as it is."""
+    if any(p.requires_grad for p in conditioner.parameters()):
+        return run.prepare(unet, conditioner, optimizer)
+    network, optimizer = run.prepare(unet, optimizer)
+    return network, conditioner, optimizer
+
+
+def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> None:
+    if isinstance(conditioner, Text):
+        cut = conditioner.cut(source.texts or [])
+        if cut:
+            longest = conditioner.tokenizer.model_max_length
+            run.say(
+                f"{cut} of {len(source)} captions are longer than {longest} tokens and are cut; see text.max_length"
+            )
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def show(run: Run, model: LatentDiffusion, config: ShowConfig, source: Source) -> None:
+    """Draw the fixed prompts with the averaged weights."""
+    if not run.main:
+        return
+    names = source.classes if isinstance(model.conditioner, ClassLabels) else source.texts or ()
+    prompts = list(config.prompts) or list(dict.fromkeys(names))[: config.count]
+    told = isinstance(model.conditioner, ClassLabels | Text)
+    images = model(
+        prompts if told else None, n=1 if told else config.count, steps=config.steps, guidance=config.guidance
+    )
+    run.picture(contact_sheet(images, prompts if told else None), "drawn")
+
+
+if __name__ == "__main__":
+    main()
