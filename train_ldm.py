@@ -80,18 +80,17 @@ def main(argv: Sequence[str]) -> None:
         return
     source = open_source(recipe.data)
     run.say(source.describe())
-    autoencoder = open_autoencoder(recipe.autoencoder).to(run.device, memory_format=torch.channels_last)
-    conditioner = make_conditioner(recipe.conditioning, source.texts, source.classes).to(run.device)
+    autoencoder = run.place(open_autoencoder(recipe.autoencoder))
+    conditioner = run.place(make_conditioner(recipe.conditioning, source.texts, source.classes))
     report_cut_captions(run, conditioner, source)
     latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
 
-    unet = UNet(fit_network(recipe.network, autoencoder, latents, conditioner))
-    unet.to(run.device, memory_format=torch.channels_last)
+    unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
     ema = EMA(recipe.ema_decay, unet=unet, conditioner=conditioner)
     path = make_path(recipe.path)
     model = LatentDiffusion(
         autoencoder=autoencoder,
-        unet=ema["unet"],  # type: ignore[arg-type]
+        unet=ema["unet"],
         conditioner=ema["conditioner"],
         path=path,
         prediction=make_prediction(recipe.prediction, path),

@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
     run.say(source.describe())
     originals = held_out_pixels(recipe).to(run.device)
 
-    network = AutoencoderKL(recipe.network)
-    ema = EMA(recipe.ema_decay, autoencoder=network.to(run.device, memory_format=torch.channels_last))
+    network = run.place(AutoencoderKL(recipe.network))
+    ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
     run.resume(autoencoder=autoencoder, ema=ema, optimizer=optimizer)
     run.say(
@@ -132,7 +132,7 @@ def show(run: Run, autoencoder: nn.Module, originals: Tensor) -> None:
 
 
 @torch.no_grad()
-def finish(run: Run, autoencoder: nn.Module, source: Source, recipe: Recipe, originals: Tensor) -> None:
+def finish(run: Run, autoencoder: AutoencoderKL, source: Source, recipe: Recipe, originals: Tensor) -> None:
     """Measure the latents of the whole training set, fold the statistics in, and write OUT/model."""
     statistics = LatentStatistics(recipe.network.latent_channels)
     for pixels in run.shares(source, recipe.data.size, "latent statistics"):

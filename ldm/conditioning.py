@@ -126,6 +126,9 @@ class Text(nn.Module):
     is given the mask only if its config says `use_attention_mask`, which is what stock pipelines go by.
     """
 
+    null_ids: Tensor
+    null_mask: Tensor
+
     def __init__(self, tokenizer: Any, encoder: nn.Module, *, frozen: bool) -> None:
         super().__init__()
         self.tokenizer, self.encoder, self.frozen = tokenizer, encoder, frozen
@@ -165,7 +168,8 @@ class Text(nn.Module):
         if "tokens" in batch:  # states from the cache, which only a frozen encoder has
             tokens = batch["tokens"]
             if "drop" in batch:
-                tokens = torch.where(batch["drop"][:, None, None], self.null(1).tokens, tokens)
+                null = self.encode(self.null_ids, self.null_mask)
+                tokens = torch.where(batch["drop"][:, None, None], null, tokens)
             return Cond(tokens=tokens)
         ids, attend = batch["ids"], batch["attend"]
         if "drop" in batch:

@@ -106,8 +106,7 @@ class Source:
             lines.append(
                 f"{len(self.classes)} classes: {', '.join(self.classes[:5])}{' ...' * (len(self.classes) > 5)}"
             )
-        for i in range(min(3, len(self))) if self.texts else ():
-            lines.append(f"  {i}: {self.texts[i]}")
+        lines += [f"  {i}: {text}" for i, text in enumerate((self.texts or [])[:3])]
         return "\n".join(lines)
 
 
@@ -134,8 +133,10 @@ def open_source(config: DataConfig, split: str | None = None) -> Source:
     split = split or config.split
     if config.path == "scenes":
         if split not in ("train", "test"):
-            raise UserError(f"The drawn scenes have the splits train and test, not data.split {split!r}.")
-        scenes = Scenes(config.scenes.count, size=config.size, level=config.scenes.level, split=split)
+            raise UserError(
+                f"The drawn scenes have the splits train and test, not {split!r}; set data.split."
+            )
+        scenes = Scenes(config.scenes.count, size=config.size, level=config.scenes.level, split=split)  # type: ignore[arg-type]
         texts, labels = [scenes.scene(i).caption() for i in range(len(scenes))], None
         kind = f"drawn scenes, level {config.scenes.level}, {split}"
         return Source(scenes, "image", kind=kind, fingerprint=scenes.fingerprint, texts=texts, labels=labels)

@@ -72,4 +72,5 @@ class Denoiser:
 def spread(level: Level, x: Tensor) -> tuple[Tensor, Tensor]:
     """alpha, sigma shaped to multiply x [B,C,H,W]; those of a single level stay scalars on the CPU."""
     shape = (-1,) + (1,) * (x.dim() - 1)
-    return tuple(a.to(x.device).view(shape) if a.dim() else a for a in (level.alpha, level.sigma))  # type: ignore
+    alpha, sigma = (a.to(x.device).view(shape) if a.dim() else a for a in (level.alpha, level.sigma))
+    return alpha, sigma

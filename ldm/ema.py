@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class EMA:
             name: copy.deepcopy(m).float().eval().requires_grad_(False) for name, m in modules.items()
         }
 
-    def __getitem__(self, name: str) -> nn.Module:
+    def __getitem__(self, name: str) -> Any:
         return self.modules[name]
 
     @torch.no_grad()
@@ -32,7 +33,7 @@ class EMA:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for name, module in modules.items():
             averaged = self.modules[name]
-            if parameters := list(averaged.parameters()):
+            if parameters := [p.data for p in averaged.parameters()]:
                 torch._foreach_lerp_(parameters, [p.data for p in module.parameters()], weight)
             for kept, buffer in zip(averaged.buffers(), module.buffers(), strict=True):
                 kept.copy_(buffer)

@@ -103,15 +103,7 @@ def guided(
     Raises:
         ValueError: names the argument that is out of range, or two that exclude each other.
     """
-    low, high = interval
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance scale is {scale}, but must be finite")
-    if not 0 <= low < high:
-        raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale is {rescale}, but must lie in [0, 1]")
-    if rescale and projection:
-        raise ValueError(f"rescale is {rescale}, which projection makes pointless; set one of the two")
+    check(scale, interval, rescale, projection)
     if weak and (weak.path, weak.prediction) != (denoiser.path, denoiser.prediction):
         raise ValueError("weak has another path or prediction than the model that it should guide")
     told = any(part is not None for part in cond)
@@ -122,7 +114,7 @@ def guided(
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         nonlocal before
-        if plain or not low < level.sigma / level.alpha <= high:
+        if plain or not interval[0] < level.sigma / level.alpha <= interval[1]:
             x0 = denoiser(x, level, cond)
             return threshold(x0) if threshold else x0
         if weak:
@@ -138,6 +130,18 @@ def guided(
         return threshold(x0) if threshold else x0
 
     return denoise
+
+
+def check(scale: float, interval: tuple[float, float], rescale: float, projection: Projection | None) -> None:
+    """ValueError for a number out of range, or two options that exclude each other."""
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale is {scale}, but must be finite")
+    if not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is {rescale}, but must lie in [0, 1]")
+    if rescale and projection:
+        raise ValueError(f"rescale is {rescale}, which projection makes pointless; set one of the two")
 
 
 def rescaled(out: Tensor, to: Tensor, share: float) -> Tensor:

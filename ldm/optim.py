@@ -47,7 +47,8 @@ class OptimizerConfig:
 
 def make_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
     """One optimizer over the trainable parameters of `modules`."""
-    matrices, vectors = [], []
+    matrices: list[Tensor] = []
+    vectors: list[Tensor] = []
     for module in modules:
         for parent in module.modules():
             for parameter in parent.parameters(recurse=False):

@@ -151,17 +151,17 @@ def heun(
     straight = torch.allclose(grid.alpha + grid.sigma, torch.ones_like(grid.sigma))
     c = torch.ones_like(grid.alpha) if straight else grid.alpha
     a, s = grid.alpha / c, grid.sigma / c
+
+    def change(y: Tensor, i: int, at: int) -> tuple[Tensor, Tensor]:
+        """Of y over step i, with the slope found at a level; and x_0 there."""
+        x0 = denoise(c[at] * y, grid[at])
+        return (a[i + 1] - a[i]) * x0 + (s[i + 1] - s[i]) * (y - a[at] * x0) / s[at], x0
+
     y = x / c[0]
     for i in range(len(grid)):
-        da, ds = a[i + 1] - a[i], s[i + 1] - s[i]
-
-        def move(y: Tensor, j: int, da: Tensor = da, ds: Tensor = ds) -> tuple[Tensor, Tensor]:
-            x0 = denoise(c[j] * y, grid[j])
-            return da * x0 + ds * (y - a[j] * x0) / s[j], x0
-
-        d, x0 = move(y, i)
+        d, x0 = change(y, i, at=i)
         if s[i + 1] > 0:
-            ahead, x0 = move(y + d, i + 1)
+            ahead, x0 = change(y + d, i, at=i + 1)
             d = (d + ahead) / 2
         y = y + d
         if watch:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -94,6 +94,9 @@ def best_precision() -> Literal["no", "bf16"]:
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "no"
 
 
+Module = TypeVar("Module", bound=nn.Module)
+
+
 class Run:
     """A training run in a folder: processes and precision, data order, randomness, checkpoints, logs.
 
@@ -120,7 +123,9 @@ class Run:
                 f"with run.accumulate {config.accumulate}; make it a multiple of {shares}."
             )
         self.batch = config.batch_size // shares
-        self.step, self.lost, self._parts, self._sums = 0, 0, {}, {}
+        self.step, self.lost = 0, 0
+        self._parts: dict[str, checkpoint.Stateful] = {}
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._logged_loss: tuple[Tensor | float, int] = (math.nan, 1)
         self._earlier, self._began = 0.0, psutil.Process().create_time()
         self._stop_signal: int | None = None
@@ -165,11 +170,12 @@ class Run:
     # --- weights -----------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
-        """Modules and optimizers, placed and wrapped by Accelerate. Modules are laid out channels-last."""
-        for item in objects:
-            if isinstance(item, nn.Module):
-                item.to(memory_format=torch.channels_last)
+        """Modules and optimizers, wrapped by Accelerate for this process."""
         return self.accelerator.prepare(*objects)
+
+    def place(self, module: Module) -> Module:
+        """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
+        return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unwrap(self, module: nn.Module) -> Any:
         """The module itself, without Accelerate's wrapping: for saving, never for training."""
@@ -358,13 +364,13 @@ class Run:
         self.accelerator.end_training()
 
 
-def as_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_is(batch: Any) -> Any:
     """Data sets make whole batches: nothing is left to collate."""
     return batch
 
 
 class stopped_by_signals:
-    """While open, the first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after the step; the second leaves at once."""
+    """The first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after the step, the second leaves at once."""
 
     caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -160,7 +160,7 @@ class UNet(nn.Module):
     def enable_checkpointing(self) -> None:
         """Keep only what goes in and out of each layer and compute the rest again in the backward pass.
 
-        Gradients stay the same; memory shrinks and a training step takes about a third longer.
+        Gradients stay the same; memory shrinks and a training step costs one more forward pass.
         """
         for module in self.modules():
             if isinstance(module, Block):

@@ -57,7 +57,13 @@ def size(text: str) -> tuple[int, int]:
 
 @command("ldm")
 def main(argv: Sequence[str]) -> None:
-    options = parser().parse_args(argv)
+    reader = parser()
+    options, more = reader.parse_known_args(argv)
+    flags = [word for word in more if word.startswith("-")]
+    if flags or (more and options.verb != "generate"):
+        reader.error(f"unrecognized arguments: {' '.join(flags or more)}")
+    if more:  # argparse does not see prompts that come after an option
+        options.prompts += more
     options.run(options)
 
 
@@ -103,6 +109,14 @@ def generate(options: argparse.Namespace) -> None:
         image.save(options.out / f"{i:04d}.png", pnginfo=note)
     contact_sheet(images, told or None).save(options.out / "sheet.png")
     print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")
+
+
+def run_recognise(options: argparse.Namespace) -> None:
+    from pipelines.recognise import recognise
+
+    recognise(
+        options.model, options.data, options.out, options.each, options.steps, options.guidance, options.seed
+    )
 
 
 def run_demo(options: argparse.Namespace) -> None:

@@ -36,8 +36,8 @@ def demo(out: Path) -> None:
         write_text(result, json.dumps(draw_and_check(out), indent=1) + "\n")
     found = json.loads(result.read_text())
     print(
-        f"\nautoencoder PSNR {found['autoencoder_psnr_db']:.1f} dB; {found['prompts_satisfied']:.0%} of the prompts are "
-        f"satisfied in every attribute; {found['seconds'] / 60:.1f} minutes of training and drawing\n"
+        f"\nautoencoder PSNR {found['autoencoder_psnr_db']:.1f} dB; {found['prompts_satisfied']:.0%} of the prompts "
+        f"are satisfied in every attribute; {found['seconds'] / 60:.1f} minutes of training and drawing\n"
         f"look at {out}/sheet.png, then draw your own:\n"
         f'  .venv/bin/ldm generate {out}/ldm "a small blue star at the center on a black background" --out pictures'
     )

@@ -218,15 +218,11 @@ def vp_path(config: Mapping[str, Any], steps: int) -> VP:
     if trained is None and theirs not in ours:
         raise ValueError(f"beta_schedule is {theirs!r}, which is not supported; there are {', '.join(ours)}")
     schedule: Any = "sigmoid" if trained is not None else ours[theirs]
-    betas = (
-        (config.get("beta_start", 0.0001), config.get("beta_end", 0.02))
-        if schedule != "cosine"
-        else (None, None)
-    )
+    usual = VP(schedule=schedule).betas
+    given = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    start, end = (None if schedule == "cosine" or g == u else g for g, u in zip(given, usual, strict=True))
     zero = bool(config.get("rescale_betas_zero_snr", False))
-    path = VP(
-        schedule=schedule, beta_start=betas[0], beta_end=betas[1], zero_terminal_snr=zero, train_steps=steps
-    )
+    path = VP(schedule=schedule, beta_start=start, beta_end=end, zero_terminal_snr=zero, train_steps=steps)
     if trained is not None and not (
         len(trained) == steps and torch.allclose(torch.tensor(trained), vp_betas(path), rtol=1e-5, atol=0)
     ):

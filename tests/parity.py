@@ -13,6 +13,7 @@ noise; only the network and the noise are shared. Both calculate in float64. The
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def converting(denoiser: Denoiser, grid: Grid, taken: str, sigma_data: float, or
 def difference(a: Tensor, b: Tensor) -> float:
     """Largest difference relative to the largest value; infinite if anything is not finite."""
     value = ((a - b).abs().max() / b.abs().max()).item()
-    return value if value == value else float("inf")
+    return value if math.isfinite(value) else math.inf
 
 
 def exported(path: Path, prediction: str, sampler: str, steps: int) -> tuple[str, str, float]:

@@ -209,10 +209,8 @@ def test_pictures_depend_on_their_seed_alone(chain: Path) -> None:
 
 def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text(PROMPTS[1] + "\n\n")
-    ldm(
-        ["generate", str(chain / "ldm"), PROMPTS[0], "--prompts", str(tmp_path / "more.txt"), "--steps", "2"]
-        + ["--n", "2", "--seed", "7", "--size", "24x16", "--out", str(tmp_path / "out")]
-    )
+    flags = f"--prompts {tmp_path}/more.txt --steps 2 --n 2 --seed 7 --size 24x16 --out {tmp_path}/out"
+    ldm(["generate", str(chain / "ldm"), *flags.split(), PROMPTS[0]])
     assert len(list((tmp_path / "out").glob("0*.png"))) == 4 and (tmp_path / "out" / "sheet.png").exists()
     last = Image.open(tmp_path / "out" / "0003.png")
     assert last.size == (24, 16)
@@ -233,6 +231,7 @@ def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Pat
         (["generate", "{ldm}", "x", "--size", "big", "--out", "o"], 2, "'big' is not WIDTHxHEIGHT"),
         (["generate", "{ldm}", "x", "--guidance", "nan", "--out", "o"], 1, "scale is nan"),
         (["generate", "{ldm}", "x"], 2, "--out"),
+        (["generate", "{ldm}", "x", "--out", "o", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
         (["paint"], 2, "invalid choice: 'paint'"),
     ],
 )

@@ -99,11 +99,11 @@ def test_bad_folders_are_one_sentence(tmp_path: Path, make, message: str) -> Non
 
 def test_wrong_columns_and_splits_are_named(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
-    with pytest.raises(UserError, match="data.text is 'words'"):
+    with pytest.raises(UserError, match=r"data\.text is 'words'"):
         opened(tmp_path, text="words")
     with pytest.raises(UserError, match="no sub-folder 'test'"):
         opened(tmp_path, split="test")
-    with pytest.raises(UserError, match="data.balance needs classes"):
+    with pytest.raises(UserError, match=r"data\.balance needs classes"):
         order(opened(tmp_path), balance=True)
 
 

@@ -227,12 +227,12 @@ def test_bad_steps_are_refused_by_name_and_value(path, steps, error):
 
 @pytest.mark.parametrize("strength", [0, -0.1, 1.5, float("nan")])
 def test_bad_strength_is_refused(strength):
-    with pytest.raises(ValueError, match=f"^strength is {strength}, but"):
+    with pytest.raises(ValueError, match=rf"^strength is {strength}, but"):
         VP().grid(10).from_strength(strength)
 
 
 def test_strength_that_leaves_no_step_is_refused():
-    with pytest.raises(ValueError, match="strength 0.05 of 10 steps leaves none"):
+    with pytest.raises(ValueError, match=r"strength 0\.05 of 10 steps leaves none"):
         VP().grid(10).from_strength(0.05)
 
 

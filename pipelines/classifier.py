@@ -1,0 +1,111 @@
+"""A small classifier, trained on the real pictures, that says whether drawn ones can be recognised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.config import UserError
+from ldm.data import DataConfig, Source, open_source, order, to_tensor
+
+WIDTH = 32
+
+
+class Classifier(nn.Sequential):
+    """Pixels [B,3,H,W] in [-1, 1] => logits [B,classes]."""
+
+    def __init__(self, classes: int) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for width in (WIDTH, 2 * WIDTH, 4 * WIDTH, 8 * WIDTH):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(width, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        super().__init__(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(channels, classes)
+        )
+
+
+@dataclass(frozen=True)
+class Recogniser:
+    """A trained classifier, and how well it knows real pictures that it was not trained on."""
+
+    network: Classifier
+    classes: tuple[str, ...]
+    accuracy: dict[str, float]
+    """Share of each held-out split that it names rightly"""
+
+    @torch.no_grad()
+    def names(self, pixels: Tensor) -> list[str]:
+        """Pixels [N,3,S,S] => the class of each."""
+        found = torch.cat([self.network(part).argmax(1) for part in pixels.split(64)])
+        return [self.classes[i] for i in found.tolist()]
+
+
+def load_pixels(source: Source, size: int) -> Tensor:
+    """All pictures of a source, [N,3,size,size] in [-1, 1]."""
+    return torch.stack([to_tensor(source.picture(i, size)) for i in range(len(source))])
+
+
+def augmented(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each picture mirrored or not, a little zoomed and shifted: drawn fruit need not lie where photographed did."""
+    n = len(pixels)
+    zoom = torch.from_numpy(rng.uniform(0.85, 1.15, n)).float()
+    mirror = torch.from_numpy(rng.choice([-1.0, 1.0], n)).float()
+    shift = torch.from_numpy(rng.uniform(-0.1, 0.1, (n, 2))).float()
+    zero = torch.zeros(n)
+    rows = [torch.stack([zoom * mirror, zero, shift[:, 0]], 1), torch.stack([zero, zoom, shift[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: int = 0) -> Recogniser:
+    """Train on `data.split`, every class equally often, and measure on the other splits that the data has.
+
+    Raises:
+        UserError: the data has no classes.
+    """
+    source = open_source(data)
+    if source.labels is None:
+        raise UserError(
+            f"{data.path} has no classes to recognise; set data.label to the column that names them."
+        )
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    network = Classifier(len(source.classes)).to(memory_format=torch.channels_last)
+    pixels, labels, indices = load_pixels(source, data.size), source.labels, order(source, balance=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 4e-3, total_steps=epochs * (len(indices) // batch)
+    )
+    for _ in range(epochs):
+        shuffled = rng.permutation(indices)
+        for first in tqdm(range(0, len(indices) - batch + 1, batch), desc="classifier", unit="batch"):
+            chosen = shuffled[first : first + batch]
+            seen = augmented(pixels[chosen], rng).contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(network(seen), labels[chosen], label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+    trained = Recogniser(network.eval(), source.classes, {})
+    for split in ("validation", "test"):
+        trained.accuracy.update(measured(trained, data, split))
+    return trained
+
+
+def measured(recogniser: Recogniser, data: DataConfig, split: str) -> dict[str, float]:
+    """{split: share named rightly}, or nothing where the data has no such split."""
+    try:
+        source = open_source(data, split)
+    except UserError:
+        return {}
+    assert source.labels is not None
+    names = recogniser.names(load_pixels(source, data.size))
+    truth = [source.classes[i] for i in source.labels.tolist()]
+    return {split: float(np.mean([name == true for name, true in zip(names, truth, strict=True)]))}
