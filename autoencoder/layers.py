@@ -4,8 +4,27 @@ Attribute names are those of diffusers, so that weight files need no converter.
 Shapes: B batch, C channels, H x W pixels (or latent pixels), T channels of the time embedding.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that trains fast on a CPU.
+
+    Where a group has few channels, PyTorch's backward pass over channels-last activations takes up to 50 times as
+    long as over contiguous ones (8x16x64x64 in 8 groups, bf16, two cores: 5.3 against 0.2 ms).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = self.num_channels < 16 * self.num_groups
+        if few and x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x):
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class ResnetBlock(nn.Module):
@@ -36,14 +55,14 @@ class ResnetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = (
             nn.Linear(temb_channels, 2 * out_channels if scale_shift else out_channels)
             if temb_channels
             else None
         )
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
@@ -115,7 +134,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, *, groups: int = 32, eps: float = 1e-6) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps)
+        self.group_norm = GroupNorm(groups, channels, eps)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

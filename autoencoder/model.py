@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import Attention, Downsample, ResnetBlock, Upsample
+from autoencoder.layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
 from autoencoder.store import StockConfig
 
 
@@ -145,7 +145,7 @@ class Encoder(nn.Module):
             for i, (before, after) in enumerate(pairwise((widths[0], *widths)))
         )
         self.mid_block = MidBlock(widths[-1], groups=groups, attention=config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], features, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
             UpBlock(before, after, layers=config.layers_per_block + 1, groups=groups, upsample=i < last)
             for i, (before, after) in enumerate(pairwise((widths[0], *widths)))
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

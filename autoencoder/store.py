@@ -122,13 +122,13 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     fixed = config.fixed()
-    for key in keys.keys() - names:
-        if key not in fixed:
-            raise ValueError(
-                f"{path}: the key '{key}' ({keys[key]!r}) of this {class_name} is not supported."
-            )
-        if keys[key] != fixed[key]:
-            raise ValueError(f"{path}: {key} = {keys[key]!r} is not supported, only {fixed[key]!r} is.")
+    bad = [
+        f"{key} = {keys[key]!r}" + (f" (only {fixed[key]!r})" if key in fixed else "")
+        for key in sorted(keys.keys() - names)
+        if key not in fixed or keys[key] != fixed[key]
+    ]
+    if bad:
+        raise ValueError(f"{path}: this {class_name} has settings that are not supported: {', '.join(bad)}.")
     return config
 
 

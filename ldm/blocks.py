@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autoencoder.layers import Downsample, ResnetBlock, Upsample
+from autoencoder.layers import Downsample, GroupNorm, ResnetBlock, Upsample
 
 
 class Prompt(NamedTuple):
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         self, channels: int, *, heads: int, layers: int, token_channels: int, groups: int, linear: bool
     ) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if linear else PointwiseConv(channels)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, heads, token_channels) for _ in range(layers)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.layers import GroupNorm
 from autoencoder.store import load_folder, save_folder
 from ldm.blocks import Block, DownBlock, MidBlock, Prompt, UpBlock
 from ldm.conditioning import Cond
@@ -73,7 +74,7 @@ class UNet(nn.Module):
                 config.projection_class_embeddings_input_dim or 0, time_channels
             )
         self._add_blocks()
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self._reads = config.reads()
 

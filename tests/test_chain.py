@@ -26,17 +26,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both stages, trained in this process: folders vae and ldm."""
-    out = tmp_path_factory.mktemp("chain")
-    train_vae.main(["--config", str(TOY / "vae.yaml"), "--run.out", str(out / "vae")])
-    train_ldm.main(
-        ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
-    )
-    return out
-
-
 def test_latents_of_the_training_set_have_mean_0_and_std_1(chain: Path) -> None:
     autoencoder = AutoencoderKL.from_pretrained(chain / "vae" / "model")
     source = open_source(DataConfig(size=16, scenes=ScenesConfig(count=24)))

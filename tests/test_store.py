@@ -36,8 +36,8 @@ def edit_config(folder: Path, **keys: object) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"speed": "high"}, "the key 'speed' .'high'. of this AutoencoderKL is not supported"),
-        ({"act_fn": "relu"}, "act_fn = 'relu' is not supported, only 'silu' is"),
+        ({"speed": "high", "a": 1}, "this AutoencoderKL has settings that are not supported: a = 1, speed = 'high'"),
+        ({"act_fn": "relu"}, "not supported: act_fn = 'relu' .only 'silu'."),
         (
             {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},
             "down_block_types = .*Attn.* not",

@@ -1,0 +1,23 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ldm
+import train_vae
+from tests.support import TOY
+
+torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, trained in this process: folders vae and ldm."""
+    out = tmp_path_factory.mktemp("chain")
+    train_vae.main(["--config", str(TOY / "vae.yaml"), "--run.out", str(out / "vae")])
+    train_ldm.main(
+        ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
+    )
+    return out

@@ -1,0 +1,53 @@
+"""Every shipped recipe is understood, and its networks can be built."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_ldm
+import train_vae
+from autoencoder.kl import AutoencoderKL
+from ldm.config import load, plain, to_yaml
+from ldm.denoiser import Denoiser
+from ldm.paths import make_path
+from ldm.prediction import make_prediction
+from ldm.unet import UNet
+from pipelines.schedulers import scheduler_config
+
+ROOT = Path(__file__).parents[1]
+RECIPES = [*sorted((ROOT / "configs").rglob("*.yaml")), *sorted((ROOT / "tests" / "toy").glob("*.yaml"))]
+
+
+def read(path: Path) -> train_vae.Recipe | train_ldm.Recipe:
+    script = train_vae if path.name.startswith("vae") else train_ldm
+    return load(script.Recipe, ["--config", str(path)], prog=script.__name__)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_recipes_describe_what_can_be_built(path: Path) -> None:
+    recipe = read(path)
+    with torch.device("meta"):
+        if isinstance(recipe, train_vae.Recipe):
+            assert AutoencoderKL(recipe.network).config.factor == 2 ** (len(recipe.network.block_out_channels) - 1)
+            assert recipe.network.sample_size == recipe.data.size, "stock tools read it"
+            return
+        UNet(recipe.network)
+    noise = make_path(recipe.path)
+    prediction = make_prediction(recipe.prediction, noise)
+    Denoiser(lambda x, t, cond: x, noise, prediction, recipe.weight)
+    assert scheduler_config(noise, prediction.name, recipe.sampler)["_class_name"]
+
+
+def test_both_stages_of_a_recipe_see_the_same_pictures() -> None:
+    for folder in ("scenes", "fruits", "emoji"):
+        one, other = (read(ROOT / "configs" / folder / f"{stage}.yaml") for stage in ("vae", "ldm"))
+        assert (one.data.path, one.data.size) == (other.data.path, other.data.size)
+        assert other.autoencoder == str(one.run.out)
+
+
+def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    for name in ("vae.yaml", "ldm.yaml"):
+        recipe = read(ROOT / "configs" / "scenes" / name)
+        (tmp_path / name).write_text(to_yaml(recipe))
+        assert plain(read(tmp_path / name)) == plain(recipe)
