@@ -19,6 +19,7 @@ from torch import nn
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
+from ldm.checkpoint import writing
 from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
 from ldm.config import UserError, command, load
 from ldm.data import DataConfig, Source, open_source, order
@@ -120,7 +121,8 @@ def main(argv: Sequence[str]) -> None:
         if run.due(recipe.run.save_every):
             run.save()
             if run.main:
-                model.save_pretrained(run.out / "model")
+                with writing(run.out / "model"):
+                    model.save_pretrained(run.out / "model")
     run.say(f"the model is in {run.out}/model")
     run.end()
 

@@ -18,6 +18,7 @@ from autoencoder.files import written_beside
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.latents import LatentStatistics, fold
 from autoencoder.losses import LossConfig, reconstruction
+from ldm.checkpoint import writing
 from ldm.config import command, load
 from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
 from ldm.ema import EMA
@@ -50,6 +51,8 @@ class Recipe:
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones kept"""
     show: ShowConfig = field(default_factory=ShowConfig)
+    workers: int = 1
+    """Processes that read or draw pictures beside each training process; 0: the training process does"""
 
     def __post_init__(self) -> None:
         if self.data.size % self.network.factor:
@@ -142,7 +145,7 @@ def finish(run: Run, autoencoder: AutoencoderKL, source: Source, recipe: Recipe,
     made = reconstruct(folded, originals)
     quality = psnr(made, originals)
     if run.main:
-        with written_beside(run.out / "model") as fresh:
+        with writing(run.out / "model"), written_beside(run.out / "model") as fresh:
             folded.save_pretrained(fresh)
         side_by_side(to_images(originals[:32]), to_images(made[:32])).save(run.out / "reconstructions.png")
         run.say(

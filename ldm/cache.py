@@ -22,6 +22,7 @@ from autoencoder.files import flush
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm import random
+from ldm.checkpoint import writing
 from ldm.conditioning import Text
 from ldm.data import DataConfig, Source, to_tensor
 
@@ -127,9 +128,10 @@ def _shards(
         for i in mine:
             tensors = compute(i * SHARD, min(count, (i + 1) * SHARD))
             fresh = paths[i].with_suffix(".writing")
-            save_file(tensors, fresh)
-            flush(fresh)
-            fresh.replace(paths[i])
+            with writing(paths[i]):
+                save_file(tensors, fresh)
+                flush(fresh)
+                fresh.replace(paths[i])
             bar.update(SHARD * run.accelerator.num_processes)
     run.accelerator.wait_for_everyone()
     return [load_file(path) for path in paths]

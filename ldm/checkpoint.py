@@ -10,10 +10,12 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def save(folder: Path, parts: Mapping[str, Stateful], extra: Mapping[str, str], 
         extra: text files by name, such as the recipe.
         keep: checkpoints to leave in the parent folder, this one counted.
     """
-    with written_beside(folder) as fresh:
+    with writing(folder), written_beside(folder) as fresh:
         for name, part in parts.items():
             tensors, values = split(part.state_dict())
             save_file(tensors, fresh / f"{name}.safetensors")
@@ -48,6 +50,20 @@ def save(folder: Path, parts: Mapping[str, Stateful], extra: Mapping[str, str], 
         raise UserError(f"The checkpoint {folder} did not survive writing: {problem}; check the disk.")
     for old in sorted(folder.parent.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Around whatever writes `target`: a full or read-only disk becomes one sentence that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as problem:
+        there = next(folder for folder in (target, *target.parents) if folder.exists())
+        room = f"{shutil.disk_usage(there).free / 1e6:,.0f} MB are free there"
+        raise UserError(
+            f"{target} can't be written ({problem}; {room}); what was saved before is intact. "
+            "Make room, then run the same command again."
+        ) from None
 
 
 def newest(folder: Path) -> Path | None:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +37,9 @@ from ldm import checkpoint, random
 from ldm.config import UserError, plain, to_yaml
 from ldm.data import Source, Stream, to_tensor
 from ldm.optim import OptimizerConfig
+from ldm.signals import StopSignals
 
-IMMATERIAL = ("run.out", "run.workers", "run.save_every", "run.log_every", "run.keep", "run.tracker", "show")
+IMMATERIAL = ("run.out", "run.save_every", "run.log_every", "run.keep", "run.tracker", "show", "workers")
 """Settings that may change between two starts of one run without changing what it learns."""
 
 LOST_STEPS_IN_A_ROW = 20
@@ -65,8 +64,6 @@ class RunConfig:
     """Of activations; weights and their averages stay float32. auto: bf16 where the processor has it"""
     max_norm: float = 1.0
     """Gradients longer than this are scaled down to it"""
-    workers: int = 1
-    """Processes that read and draw pictures beside each training process; 0: the training process does"""
     save_every: int = 1000
     """Optimizer steps between checkpoints"""
     keep: int = 2
@@ -128,7 +125,7 @@ class Run:
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._logged_loss: tuple[Tensor | float, int] = (math.nan, 1)
         self._earlier, self._began = 0.0, psutil.Process().create_time()
-        self._stop_signal: int | None = None
+        self._signals = StopSignals(self.say)
         set_seed(config.seed)
         self._open_folder(tracker)
         self.say(f"precision {precision}, {self.accelerator.num_processes} process(es) on {self.device}")
@@ -201,12 +198,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         if self.main:
             folder = self.out / "checkpoints" / f"step-{self.step:08d}"
-            try:
-                checkpoint.save(folder, self._parts, {"config.yaml": to_yaml(self.recipe)}, self.config.keep)
-            except OSError as problem:
-                raise UserError(
-                    f"{folder} can't be written: {problem.strerror}; older checkpoints are intact."
-                ) from None
+            checkpoint.save(folder, self._parts, {"config.yaml": to_yaml(self.recipe)}, self.config.keep)
         self.accelerator.wait_for_everyone()
 
     # --- the loop ----------------------------------------------------------------------------------------------
@@ -226,12 +218,13 @@ class Run:
         finished = self.accelerator.sync_gradients
         return finished and (self.step % every == 0 or self.step == self.config.steps)
 
-    def batches(self, dataset: Any, order: np.ndarray) -> Iterator[dict[str, Tensor]]:
+    def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
         """This process's batches from where the run stands to its end, with a progress bar.
 
         Args:
             dataset: answers `__getitems__([(position, index), ...])` with a dict of tensors [B,...].
             order: [M] the indices of one epoch.
+            workers: processes that prepare batches beside this one; 0: this one does.
         """
         total = self.config.steps * self.config.batch_size
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
@@ -244,7 +237,6 @@ class Run:
             rank=rank,
             ranks=ranks,
         )
-        workers = self.config.workers if hasattr(dataset, "source") else 0
         loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, collate_fn=as_is)
         bar = tqdm(
             total=total,
@@ -254,18 +246,22 @@ class Run:
             smoothing=0.05,
             disable=not self.main,
         )
-        with bar, stopped_by_signals(self):
+        with bar, self._signals:
             for batch in loader:
                 yield {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
                 bar.update(self.samples - bar.n)
                 bar.set_postfix(self._latest(), refresh=False)
-                if self._stop_signal and self.accelerator.sync_gradients:
-                    self._leave()
+                if self.accelerator.sync_gradients and (number := self._asked_to_stop()):
+                    self.save()
+                    self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
+                    raise SystemExit(128 + number)
 
-    def _leave(self) -> None:
-        self.save()
-        self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
-        raise SystemExit(128 + self._stop_signal)  # type: ignore[operator]
+    def _asked_to_stop(self) -> int:
+        """The signal that any process has received, or 0: all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self._signals.received
+        asked = torch.tensor([self._signals.received], device=self.device)
+        return int(self.accelerator.gather(asked).max())
 
     def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
         """Backward, clip, step. A gradient that is not finite skips the step on all processes together."""
@@ -275,11 +271,12 @@ class Run:
             norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_norm)
             for group in optimizer.param_groups:
                 group["lr"] = rates.rate(self.step, self.config.steps)
-            if torch.isfinite(norm):
-                self.lost = 0
+            finite = bool(torch.isfinite(norm))
+            if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
-            else:
+            if not finite:
                 self._lose_step(float(norm))
+            self.lost *= not finite
             self.step += 1
             self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
         optimizer.zero_grad(set_to_none=True)
@@ -310,7 +307,9 @@ class Run:
         """Save a picture as samples/NAME-STEP.png."""
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
-        sheet.save(folder / f"{name}-{self.step:08d}.png")
+        file = folder / f"{name}-{self.step:08d}.png"
+        with checkpoint.writing(file):
+            sheet.save(file)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
@@ -331,7 +330,8 @@ class Run:
         self._logged_loss = self._sums.get("loss", self._logged_loss)
         self._sums = {}
         if self.main:
-            with (self.out / "metrics.jsonl").open("a") as file:
+            metrics = self.out / "metrics.jsonl"
+            with checkpoint.writing(metrics), metrics.open("a") as file:
                 file.write(json.dumps({"step": self.step, "time": round(time.time(), 2)} | means) + "\n")
         self.accelerator.log(means, step=self.step)
 
@@ -367,29 +367,6 @@ class Run:
 def as_is(batch: Any) -> Any:
     """Data sets make whole batches: nothing is left to collate."""
     return batch
-
-
-class stopped_by_signals:
-    """The first SIGINT, SIGTERM or SIGUSR1 asks the run to stop after the step, the second leaves at once."""
-
-    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self.handle) for number in self.caught}
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: object) -> None:
-        number = signal.SIGTERM if number == signal.SIGUSR1 else number
-        if self.run._stop_signal:
-            os._exit(128 + number)
-        self.run._stop_signal = number
-        self.run.say("stopping after this step; once more to leave at once")
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

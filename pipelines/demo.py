@@ -18,7 +18,7 @@ from pipelines.sheets import contact_sheet
 
 RECIPES = Path(__file__).parents[1] / "configs" / "scenes"
 PROMPTS, SHOWN = 128, 24
-STEPS, GUIDANCE = 20, 4.0
+STEPS, GUIDANCE = 30, 3.0
 
 
 def demo(out: Path) -> None:

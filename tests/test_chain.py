@@ -15,6 +15,7 @@ from PIL import Image
 import train_ldm
 import train_vae
 from autoencoder.kl import AutoencoderKL
+from ldm.checkpoint import damage
 from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
@@ -160,6 +161,41 @@ def test_another_recipe_is_refused(chain: Path, capsys: pytest.CaptureFixture[st
         )
     said = capsys.readouterr().err
     assert "loss.kl was 1e-06 and is 0.1" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """A real file system of 1.5 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--config",
+        str(TOY / "vae.yaml"),
+        "--run.out",
+        str(small_disk / "run"),
+        "--run.save_every",
+        "1",
+    ]
+    arguments += ["--run.keep", "9", "--run.steps", "30"]
+    with pytest.raises(SystemExit) as ended:
+        train_vae.main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "can't be written" in said and "MB are free" in said
+    assert "Traceback" not in said
+    kept = sorted((small_disk / "run" / "checkpoints").glob("step-*"))
+    assert kept and not any(damage(folder) for folder in kept)
 
 
 STOCK = """

@@ -29,7 +29,9 @@ def test_recipes_describe_what_can_be_built(path: Path) -> None:
     recipe = read(path)
     with torch.device("meta"):
         if isinstance(recipe, train_vae.Recipe):
-            assert AutoencoderKL(recipe.network).config.factor == 2 ** (len(recipe.network.block_out_channels) - 1)
+            assert AutoencoderKL(recipe.network).config.factor == 2 ** (
+                len(recipe.network.block_out_channels) - 1
+            )
             assert recipe.network.sample_size == recipe.data.size, "stock tools read it"
             return
         UNet(recipe.network)

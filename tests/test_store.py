@@ -36,7 +36,10 @@ def edit_config(folder: Path, **keys: object) -> None:
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"speed": "high", "a": 1}, "this AutoencoderKL has settings that are not supported: a = 1, speed = 'high'"),
+        (
+            {"speed": "high", "a": 1},
+            "this AutoencoderKL has settings that are not supported: a = 1, speed = 'high'",
+        ),
         ({"act_fn": "relu"}, "not supported: act_fn = 'relu' .only 'silu'."),
         (
             {"down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]},

@@ -106,7 +106,7 @@ def test_full_size_state_dict_is_that_of_diffusers() -> None:
 
 def test_spatial_normalisation_is_refused_by_name(tmp_path: Path) -> None:
     diffusers.VQModel(norm_type="spatial").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="not supported: norm_type = 'spatial' .only 'group'."):
+    with pytest.raises(ValueError, match=r"not supported: norm_type = 'spatial' .only 'group'."):
         VQModel.from_pretrained(tmp_path)
 
 
