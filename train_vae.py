@@ -129,7 +129,7 @@ def show(run: Run, autoencoder: nn.Module, originals: Tensor) -> None:
     if not run.main:
         return
     made = reconstruct(autoencoder, originals)
-    run.note(psnr_db=psnr(made, originals))
+    run.remark(psnr_db=psnr(made, originals))
     sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]))
     run.picture(sheet, "reconstructions")
 

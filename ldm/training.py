@@ -123,6 +123,7 @@ class Run:
         self.step, self.lost = 0, 0
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
+        self._remarks: dict[str, float] = {}
         self._logged_loss: tuple[Tensor | float, int] = (math.nan, 1)
         self._earlier, self._began = 0.0, psutil.Process().create_time()
         self._signals = StopSignals(self.say)
@@ -315,25 +316,32 @@ class Run:
                 tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
 
     def note(self, **values: Tensor | float) -> None:
-        """Add to the running means that `log` writes."""
+        """Add to the running means that `log` writes; called by all processes alike."""
         for name, value in values.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value, count + 1)
+
+    def remark(self, **values: float) -> None:
+        """Values for the next `log` that the first process alone knows."""
+        self._remarks |= values
 
     def _latest(self) -> dict[str, str]:
         total, count = self._sums.get("loss", self._logged_loss)
         return {"step": f"{self.step}/{self.config.steps}", "loss": f"{float(total) / count:.4f}"}
 
-    def log(self, **values: float) -> None:
-        """Write the means since the last call, and `values`, to metrics.jsonl and the tracker."""
-        means = {name: float(total) / count for name, (total, count) in self._sums.items()} | values
-        self._logged_loss = self._sums.get("loss", self._logged_loss)
-        self._sums = {}
+    def log(self) -> None:
+        """Write the means since the last call, over all processes, and the remarks, to files and the tracker."""
+        names = sorted(self._sums)
+        sums = torch.tensor([float(total) / count for total, count in (self._sums[name] for name in names)])
+        means = self.accelerator.reduce(sums.to(self.device), "mean").tolist()
+        values = dict(zip(names, means, strict=True)) | self._remarks
+        self._logged_loss = (values.get("loss", math.nan), 1)
+        self._sums, self._remarks = {}, {}
         if self.main:
             metrics = self.out / "metrics.jsonl"
             with checkpoint.writing(metrics), metrics.open("a") as file:
-                file.write(json.dumps({"step": self.step, "time": round(time.time(), 2)} | means) + "\n")
-        self.accelerator.log(means, step=self.step)
+                file.write(json.dumps({"step": self.step, "time": round(time.time(), 2)} | values) + "\n")
+        self.accelerator.log(values, step=self.step)
 
     def finished(self) -> bool:
         """Whether this run has been trained to its last step and its result lies in the folder; says so."""
