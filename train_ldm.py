@@ -8,13 +8,14 @@ as a stock diffusers folder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
@@ -26,12 +27,13 @@ from ldm.data import DataConfig, Source, open_source, order
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
-from ldm.paths import PathConfig, make_path
+from ldm.paths import Flow, PathConfig, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
+from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
 
 
@@ -49,6 +51,12 @@ class ShowConfig:
     """Sampling steps"""
     guidance: float = 4.0
     """Scale of classifier-free guidance"""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.count < 1:
+            raise ValueError(
+                f"show.every is {self.every} and show.count {self.count}, but both must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,61 +95,94 @@ def main(argv: Sequence[str]) -> None:
     latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
 
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
-    ema = EMA(recipe.ema_decay, unet=unet, conditioner=conditioner)
-    path = make_path(recipe.path)
-    model = LatentDiffusion(
-        autoencoder=autoencoder,
-        unet=ema["unet"],
-        conditioner=ema["conditioner"],
-        path=path,
-        prediction=make_prediction(recipe.prediction, path),
-        sampler=recipe.sampler,
-    )
-    optimizer = make_optimizer(recipe.optimizer, [unet, conditioner])
+    trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
+    ema = EMA(recipe.ema_decay, **trained)
+    model = averaged_model(recipe, autoencoder, ema, conditioner)
+    prompts = prompts_to_show(model, recipe.show, source)
+    optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
-    denoiser = Denoiser(network, path, model.prediction, recipe.weight)
-    contract = Contract(weight_hash(autoencoder.state_dict()))
-    run.resume(unet=unet, conditioner=conditioner, ema=ema, optimizer=optimizer, contract=contract)
+    denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
+    run.resume(contract=Contract(autoencoder, conditioner), **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
         with run.accelerator.accumulate(network, told):
-            z = batch["mean"] + batch["std"] * run.normal("posterior", batch, latents.shape)
-            batch["drop"] = run.uniform("drop", batch) < recipe.conditioning.dropout
-            t = path.times(run.uniform("time", batch)).float()
+            z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
+            batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
+            t = model.path.times(run.uniform("time", batch)).float().to(run.device)
             loss = denoiser.loss(z, told(batch), t=t, noise=run.normal("noise", batch, latents.shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
-            ema.update(run.step, unet=unet, conditioner=conditioner)
+            ema.update(run.step, **trained)
         if run.due(recipe.show.every):
-            show(run, model, recipe.show, source)
+            show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
+            save_model(run, model)  # before the checkpoint, which says that this step is done
             run.save()
-            if run.main:
-                with writing(run.out / "model"):
-                    model.save_pretrained(run.out / "model")
     run.say(f"the model is in {run.out}/model")
     run.end()
 
 
-class Contract:
-    """A run belongs to one autoencoder: going on with another would train on latents of another meaning."""
+def averaged_model(
+    recipe: Recipe, autoencoder: AutoencoderKL, ema: EMA, conditioner: nn.Module
+) -> LatentDiffusion:
+    """What is drawn with and saved; ValueError now, not at the first save, if stock tools could not draw with it."""
+    path = make_path(recipe.path)
+    if isinstance(path, Flow):
+        side = recipe.data.size // autoencoder.config.factor
+        path = path.at(side * side)
+    prediction = make_prediction(recipe.prediction, path)
+    scheduler_config(path, prediction.name, recipe.sampler)  # type: ignore[arg-type]
+    return LatentDiffusion(
+        autoencoder=autoencoder,
+        unet=ema["unet"],
+        conditioner=ema["conditioner"] if learns(conditioner) else conditioner,
+        path=path,
+        prediction=prediction,
+        sampler=recipe.sampler,
+    )
 
-    def __init__(self, autoencoder: str) -> None:
-        self.autoencoder = autoencoder
+
+def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: AutoencoderKL) -> Tensor:
+    """Samples of the cached posteriors, scaled as the autoencoder's config says: not at all if it is one of ours."""
+    config = autoencoder.config
+    z = batch["mean"] + batch["std"] * noise
+    return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def save_model(run: Run, model: LatentDiffusion) -> None:
+    if run.main:
+        with writing(run.out / "model"):
+            model.save_pretrained(run.out / "model")
+
+
+class Contract:
+    """What a run may not change under way: with other latents, words or classes, its weights mean something else."""
+
+    def __init__(self, autoencoder: AutoencoderKL, conditioner: nn.Module) -> None:
+        words = ""
+        if isinstance(conditioner, Text):
+            words = conditioner.vocabulary_hash()
+        elif isinstance(conditioner, ClassLabels):
+            words = repr(conditioner.classes)
+        self.terms = {
+            "autoencoder": weight_hash(autoencoder.state_dict()),
+            "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"autoencoder": self.autoencoder}
+        return self.terms
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["autoencoder"] != self.autoencoder:
-            raise UserError(
-                f"This run was begun with another autoencoder (sha256 {state['autoencoder'][:12]}, "
-                f"now {self.autoencoder[:12]}); bring that one back, or choose another run.out."
-            )
+        for term, begun_with in state.items():
+            if begun_with != self.terms[term]:
+                raise UserError(
+                    f"This run was begun with another {term} (sha256 {begun_with[:12]}, now "
+                    f"{self.terms[term][:12]}); bring that one back, or choose another run.out."
+                )
 
 
 def open_autoencoder(name: str) -> AutoencoderKL:
@@ -154,7 +195,10 @@ def open_autoencoder(name: str) -> AutoencoderKL:
         raise UserError(
             f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, or set autoencoder."
         )
-    return AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
+    autoencoder = AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
+    if autoencoder.config.latents_mean or autoencoder.config.latents_std:
+        raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")
+    return autoencoder
 
 
 def fit_network(
@@ -173,6 +217,8 @@ def fit_network(
         decided["cross_attention_dim"] = conditioner.null(1).tokens.shape[-1]  # type: ignore[union-attr]
     elif isinstance(conditioner, ClassLabels):
         decided["num_class_embeds"] = len(conditioner.classes) + 1
+    if config.promptless and decided["cross_attention_dim"] is None:
+        config = replace(config, cross_attention_dim=UNetConfig.cross_attention_dim)
     for key in fields(config):
         said = getattr(config, key.name)
         if (
@@ -191,10 +237,15 @@ def prepare(
     run: Run, unet: UNet, conditioner: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any, Any]:
     """U-Net, conditioner and optimizer for this process; a conditioner without trained weights stays as it is."""
-    if any(p.requires_grad for p in conditioner.parameters()):
+    if learns(conditioner):
         return run.prepare(unet, conditioner, optimizer)
     network, optimizer = run.prepare(unet, optimizer)
     return network, conditioner, optimizer
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether it has weights to train."""
+    return any(p.requires_grad for p in module.parameters())
 
 
 def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> None:
@@ -211,17 +262,22 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def show(run: Run, model: LatentDiffusion, config: ShowConfig, source: Source) -> None:
-    """Draw the fixed prompts with the averaged weights."""
-    if not run.main:
-        return
+def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) -> list[str] | None:
+    """The fixed prompts, or the first distinct ones of the data; ValueError if the model can't read one."""
+    if not isinstance(model.conditioner, ClassLabels | Text):
+        return None
     names = source.classes if isinstance(model.conditioner, ClassLabels) else source.texts or ()
     prompts = list(config.prompts) or list(dict.fromkeys(names))[: config.count]
-    told = isinstance(model.conditioner, ClassLabels | Text)
-    images = model(
-        prompts if told else None, n=1 if told else config.count, steps=config.steps, guidance=config.guidance
-    )
-    run.picture(contact_sheet(images, prompts if told else None), "drawn")
+    model.read(prompts, 1)
+    return prompts
+
+
+def show(run: Run, model: LatentDiffusion, config: ShowConfig, prompts: list[str] | None) -> None:
+    """Draw the fixed prompts with the averaged weights."""
+    if run.main:
+        n = 1 if prompts else config.count
+        images = model(prompts, n=n, steps=config.steps, guidance=config.guidance)
+        run.picture(contact_sheet(images, prompts), "drawn")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Run the same command again to go on with a run that was stopped. The result lies
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,12 @@ class ShowConfig:
     """Pictures measured; 32 of them are shown"""
     every: int = 500
     """Optimizer steps between"""
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.count < 1:
+            raise ValueError(
+                f"show.every is {self.every} and show.count {self.count}, but both must be at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +75,10 @@ def main(argv: Sequence[str]) -> None:
         return
     source = open_source(recipe.data)
     run.say(source.describe())
-    originals = held_out_pixels(recipe).to(run.device)
+    originals, split = pixels_to_show(recipe)
+    originals = originals.to(run.device)
 
-    network = run.place(AutoencoderKL(recipe.network))
+    network = run.place(AutoencoderKL(replace(recipe.network, sample_size=recipe.data.size)))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
     run.resume(autoencoder=autoencoder, ema=ema, optimizer=optimizer)
@@ -81,9 +88,8 @@ def main(argv: Sequence[str]) -> None:
 
     side = recipe.data.size // recipe.network.factor
     latents = (recipe.network.latent_channels, side, side)
-    for batch in run.batches(
-        Pixels(source, recipe.data, recipe.run.seed), order(source, recipe.data.balance)
-    ):
+    pictures = Pixels(source, recipe.data, recipe.run.seed)
+    for batch in run.batches(pictures, order(source, recipe.data.balance), recipe.workers):
         with run.accelerator.accumulate(autoencoder):
             pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
             made, posterior = autoencoder(pixels, run.normal("posterior", batch, latents))
@@ -99,16 +105,20 @@ def main(argv: Sequence[str]) -> None:
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    finish(run, ema["autoencoder"], source, recipe, originals)
-
-
-def held_out_pixels(recipe: Recipe) -> Tensor:
-    """[N,3,S,S] pictures that reconstructions are judged on."""
-    source = shown_source(recipe.data, recipe.show.split)
-    count = min(recipe.show.count, len(source))
-    return torch.stack(
-        [to_tensor(source.picture(i * len(source) // count, recipe.data.size)) for i in range(count)]
+    made = finish(run, ema["autoencoder"], source, recipe, originals)
+    quality = psnr(made, originals)
+    run.say(
+        f"PSNR {quality:.2f} dB on {len(originals)} pictures of split {split}; the model is in {run.out}/model"
     )
+    run.end(psnr_db=round(quality, 3), psnr_split=split)
+
+
+def pixels_to_show(recipe: Recipe) -> tuple[Tensor, str]:
+    """[N,3,S,S] pictures that reconstructions are judged on, and the split that they are from."""
+    source, split = shown_source(recipe.data, recipe.show.split)
+    count = min(recipe.show.count, len(source))
+    chosen = [i * len(source) // count for i in range(count)]
+    return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split
 
 
 @torch.no_grad()
@@ -135,23 +145,23 @@ def show(run: Run, autoencoder: nn.Module, originals: Tensor) -> None:
 
 
 @torch.no_grad()
-def finish(run: Run, autoencoder: AutoencoderKL, source: Source, recipe: Recipe, originals: Tensor) -> None:
-    """Measure the latents of the whole training set, fold the statistics in, and write OUT/model."""
+def finish(run: Run, autoencoder: AutoencoderKL, source: Source, recipe: Recipe, originals: Tensor) -> Tensor:
+    """Measure the latents of the whole training set, fold the statistics in, write OUT/model.
+
+    Returns what the folded autoencoder makes of the originals.
+    """
     statistics = LatentStatistics(recipe.network.latent_channels)
     for pixels in run.shares(source, recipe.data.size, "latent statistics"):
         statistics.update(autoencoder.encode(pixels))
-    statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()
+    if run.accelerator.num_processes > 1:
+        statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()
     folded = fold(autoencoder, statistics)
     made = reconstruct(folded, originals)
-    quality = psnr(made, originals)
     if run.main:
         with writing(run.out / "model"), written_beside(run.out / "model") as fresh:
             folded.save_pretrained(fresh)
         side_by_side(to_images(originals[:32]), to_images(made[:32])).save(run.out / "reconstructions.png")
-        run.say(
-            f"PSNR {quality:.2f} dB on {len(originals)} held-out pictures; the autoencoder is in {run.out}/model"
-        )
-    run.end(psnr_db=round(quality, 3))
+    return made
 
 
 if __name__ == "__main__":

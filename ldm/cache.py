@@ -99,9 +99,8 @@ def build(
         cache.labels = source.labels
         return cache
     captions = sorted(set(source.texts))
-    tokenizer = conditioner.tokenizer.backend_tokenizer.to_str()
     weights = weight_hash(conditioner.encoder.state_dict()) if conditioner.frozen else "joint"
-    key = _key(VERSION, weights, tokenizer, conditioner.tokenizer.model_max_length, *captions)
+    key = _key(VERSION, weights, conditioner.vocabulary_hash(), *captions)
     conditions = _shards(
         folder / f"text-{key}", len(captions), run, "captions", _read(captions, conditioner, run)
     )

@@ -48,7 +48,8 @@ def save(folder: Path, parts: Mapping[str, Stateful], extra: Mapping[str, str], 
     problem = damage(folder)
     if problem:
         raise UserError(f"The checkpoint {folder} did not survive writing: {problem}; check the disk.")
-    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+    before = [old for old in sorted(folder.parent.glob("step-*")) if old.name <= folder.name]
+    for old in before[:-keep]:
         shutil.rmtree(old)
 
 

@@ -6,6 +6,7 @@ A conditioner turns a batch into a `Cond`. Dropping the condition for classifier
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,14 @@ class TextConfig:
     vocabulary: int = 4096
     """Of the small encoder: words at most, the most frequent ones; others are spelled out"""
 
+    def __post_init__(self) -> None:
+        small = {"width": 128, "layers": 2, "heads": 4, "vocabulary": 4096}
+        given = [name for name, default in small.items() if getattr(self, name) != default]
+        if self.encoder and given:
+            raise ValueError(
+                f"text.{given[0]} is of the small encoder, but text.encoder is set: remove one of the two"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningConfig:
@@ -97,16 +106,19 @@ class Unconditional(nn.Module):
 class ClassLabels(nn.Module):
     """One of `classes`; the U-Net's class embedding has one row more, the null class."""
 
+    null_label: Tensor
+
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__()
         self.classes = tuple(classes)
+        self.register_buffer("null_label", torch.tensor([len(classes)]), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Cond:
         label = batch["label"]
         return Cond(label=torch.where(batch["drop"], len(self.classes), label) if "drop" in batch else label)
 
     def null(self, n: int) -> Cond:
-        return Cond(label=torch.full((n,), len(self.classes)))
+        return Cond(label=self.null_label.expand(n))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Class names as a batch; ValueError names an unknown one and the nearest known ones."""
@@ -152,6 +164,11 @@ class Text(nn.Module):
             return_tensors="pt",
         )
         return {"ids": read.input_ids, "attend": read.attention_mask}
+
+    def vocabulary_hash(self) -> str:
+        """Names what token ids mean. (The tokenizer's own text form also holds how it was last called.)"""
+        words = sorted(self.tokenizer.get_vocab().items()), self.tokenizer.model_max_length
+        return hashlib.sha256(repr(words).encode()).hexdigest()
 
     def cut(self, captions: Sequence[str]) -> int:
         """How many captions are longer than the tokenizer's limit."""

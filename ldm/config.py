@@ -33,6 +33,8 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[.
         def run(argv: Sequence[str] | None = None) -> None:
             try:
                 main(sys.argv[1:] if argv is None else argv)
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
             except (UserError, OSError, ValueError) as problem:
                 if os.environ.get("LDM_DEBUG"):
                     raise
@@ -94,3 +96,22 @@ def plain(value: Any) -> Any:
 def to_yaml(recipe: Any) -> str:
     """The resolved recipe, every default written out."""
     return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def differences(before: Any, now: Any) -> list[str]:
+    """How two plain recipes differ, a sentence part a setting: "run.seed was 0 and is 1"."""
+    old, new = flat(before), flat(now)
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"run": {"seed": 0}} => {"run.seed": 0}"""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {
+        key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()
+    }

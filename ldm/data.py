@@ -7,8 +7,9 @@ the bring-to-size, and the order in which samples are seen.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class DataConfig:
     """What to train on."""
 
     path: str = "scenes"
-    """scenes (drawn), a folder of pictures or parquet shards, or the name of a hub data set"""
+    """scenes (drawn), a folder of pictures or parquet shards, or hub:NAME of a data set on the hub"""
     split: str = "train"
     """Which part of the data is trained on"""
     size: int = 64
@@ -82,18 +83,23 @@ class Source:
         image: str,
         *,
         kind: str,
-        fingerprint: str,
+        fingerprint: Callable[[], str],
         texts: list[str] | None = None,
         labels: list[int] | None = None,
         classes: Sequence[str] = (),
         background: str = "white",
     ) -> None:
         self._rows, self._image, self._background = rows, image, background
-        self.kind, self.fingerprint, self.texts, self.classes = kind, fingerprint, texts, tuple(classes)
+        self.kind, self._content, self.texts, self.classes = kind, fingerprint, texts, tuple(classes)
         self.labels = None if labels is None else torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Reads all the data once, on the first call."""
+        return self._content()
 
     def picture(self, index: int, size: int) -> Image.Image:
         """Picture `index`, RGB, `size` pixels square."""
@@ -106,6 +112,8 @@ class Source:
             lines.append(
                 f"{len(self.classes)} classes: {', '.join(self.classes[:5])}{' ...' * (len(self.classes) > 5)}"
             )
+        if self.texts and not all(self.texts):
+            lines.append(f"{sum(not text for text in self.texts)} pictures have an empty caption")
         lines += [f"  {i}: {text}" for i, text in enumerate((self.texts or [])[:3])]
         return "\n".join(lines)
 
@@ -139,21 +147,23 @@ def open_source(config: DataConfig, split: str | None = None) -> Source:
         scenes = Scenes(config.scenes.count, size=config.size, level=config.scenes.level, split=split)  # type: ignore[arg-type]
         texts, labels = [scenes.scene(i).caption() for i in range(len(scenes))], None
         kind = f"drawn scenes, level {config.scenes.level}, {split}"
-        return Source(scenes, "image", kind=kind, fingerprint=scenes.fingerprint, texts=texts, labels=labels)
+        return Source(
+            scenes, "image", kind=kind, fingerprint=lambda: scenes.fingerprint, texts=texts, labels=labels
+        )
     rows, kind = _rows(config.path, split)
     return _source(rows, kind, config)
 
 
-def shown_source(config: DataConfig, split: str | None) -> Source:
-    """Held-out pictures to judge by: `split`, or the first of test, validation and the training split that is there."""
+def shown_source(config: DataConfig, split: str | None) -> tuple[Source, str]:
+    """Pictures to judge by, and their split: `split`, or the first of test, validation and the training split."""
     candidates = [split] if split else [s for s in ("test", "validation", config.split) if s != config.split]
     for candidate in candidates:
         try:
-            return open_source(config, candidate)
+            return open_source(config, candidate), candidate
         except UserError:
             if split:
                 raise
-    return open_source(config)
+    return open_source(config), config.split
 
 
 def _rows(path: str, split: str) -> tuple[Any, str]:
@@ -163,19 +173,21 @@ def _rows(path: str, split: str) -> tuple[Any, str]:
     datasets.disable_progress_bars()
     folder = Path(path).expanduser()
     if not folder.exists():
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")):
-            return _loaded(path, split), f"hub data set {path}, split {split}"
-        raise UserError(f"There is nothing at {path}; set data.path to a folder of pictures, or to `scenes`.")
+        if path.startswith("hub:"):
+            return _loaded(path.removeprefix("hub:"), split), f"hub data set, split {split}"
+        raise UserError(
+            f"There is nothing at {path}; set data.path to a folder of pictures, to hub:NAME/OF-A-SET, or to scenes."
+        )
     if not folder.is_dir():
         raise UserError(f"{path} is a file; set data.path to the folder that it lies in.")
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     pictures = [file for file in files if file.suffix.lower() in PICTURES]
     if any(file.name.startswith("metadata.") for file in files):
-        return _loaded("imagefolder", split, data_dir=path), "picture folder with a metadata file"
+        return _loaded("imagefolder", split, data_dir=str(folder)), "picture folder with a metadata file"
     if any(file.suffix == ".parquet" for file in files):
-        return _loaded(path, split), f"parquet shards, split {split}"
+        return _loaded(str(folder), split), f"parquet shards, split {split}"
     if any(file.suffix == ".tar" for file in files):
-        return _loaded("webdataset", split, data_dir=path), f"webdataset shards, split {split}"
+        return _loaded("webdataset", split, data_dir=str(folder)), f"webdataset shards, split {split}"
     if not pictures:
         raise UserError(
             f"{path} holds no pictures ({', '.join(sorted(PICTURES))}) and no parquet or tar shards."
@@ -245,7 +257,7 @@ def _source(rows: Any, kind: str, config: DataConfig) -> Source:
         rows,
         images[0],
         kind=kind,
-        fingerprint=_fingerprint(rows, images[0], (texts, labels)),
+        fingerprint=lambda: _fingerprint(rows, images[0], (texts, labels)),
         texts=texts,
         labels=labels,
         classes=classes,
@@ -263,6 +275,10 @@ def _column(rows: Any, wanted: str | None, usual: Sequence[str], key: str) -> st
 
 def _classes(rows: Any, column: str) -> tuple[list[int], tuple[str, ...]]:
     values = list(rows[column])
+    if any(value is None or value == -1 for value in values):
+        raise UserError(
+            f"Column {column!r} has rows without a class; fill them in, or set data.label to another."
+        )
     names = getattr(rows.features[column], "names", None)
     if names:
         return values, tuple(names)

@@ -76,8 +76,18 @@ class Muon(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=1e-8, fused=True)
         self.momentum = momentum
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As saved, but laid out in memory like the weights: the fused step walks both side by side."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        if getattr(self, "found_inf", None):  # set by fp16's scaler: this gradient overflowed
+            return None
         for group in self.param_groups:
             if group["muon"]:
                 self._orthogonal_step(group)

@@ -17,9 +17,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -34,61 +33,26 @@ from tqdm import tqdm
 
 from autoencoder.files import write_text
 from ldm import checkpoint, random
-from ldm.config import UserError, plain, to_yaml
+from ldm.config import UserError, differences, plain, to_yaml
 from ldm.data import Source, Stream, to_tensor
 from ldm.optim import OptimizerConfig
+from ldm.run_config import RunConfig, best_precision
 from ldm.signals import StopSignals
 
-IMMATERIAL = ("run.out", "run.save_every", "run.log_every", "run.keep", "run.tracker", "show", "workers")
+IMMATERIAL = (
+    "run.out",
+    "run.save_every",
+    "run.log_every",
+    "run.keep",
+    "run.tracker",
+    "show",
+    "workers",
+    "autoencoder",
+)
 """Settings that may change between two starts of one run without changing what it learns."""
 
 LOST_STEPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run stops."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How long, how large, where."""
-
-    out: Path
-    """Folder of the run; an existing run in it is continued"""
-    steps: int
-    """Optimizer steps"""
-    batch_size: int
-    """Samples an optimizer step, over all processes and accumulated batches"""
-    accumulate: int = 1
-    """Batches whose gradients are added up for one optimizer step"""
-    seed: int = 0
-    """Decides initial weights, data order, noise and dropout"""
-    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Of activations; weights and their averages stay float32. auto: bf16 where the processor has it"""
-    max_norm: float = 1.0
-    """Gradients longer than this are scaled down to it"""
-    save_every: int = 1000
-    """Optimizer steps between checkpoints"""
-    keep: int = 2
-    """Checkpoints kept"""
-    log_every: int = 50
-    """Optimizer steps between lines in metrics.jsonl and the tracker"""
-    tracker: str = "tensorboard"
-    """A tracker that Accelerate knows, or none"""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
-        if self.keep < 2:
-            raise ValueError(
-                f"run.keep is {self.keep}, but must be at least 2: the newest may turn out damaged"
-            )
-
-
-def best_precision() -> Literal["no", "bf16"]:
-    """bf16 where this machine multiplies it natively, else no."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "no"
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -146,13 +110,13 @@ class Run:
 
     def _refuse_another_recipe(self) -> None:
         saved = self.out / "config.yaml"
-        if not saved.exists() or not any((self.out / "checkpoints").glob("step-*")):
+        begun = any((self.out / "checkpoints").glob("step-*")) or (self.out / "result.json").exists()
+        if not saved.exists() or not begun:
             return
-        before, now = (flat(c) for c in (yaml.safe_load(saved.read_text()), plain(self.recipe)))
         changed = [
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(IMMATERIAL)
+            change
+            for change in differences(yaml.safe_load(saved.read_text()), plain(self.recipe))
+            if not change.startswith(IMMATERIAL)
         ]
         if changed:
             raise UserError(
@@ -183,10 +147,26 @@ class Run:
         """Name what checkpoints consist of, and go on from the newest sound one in the run folder, if any."""
         unwrapped = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
         self._parts = unwrapped | {"run": self}
+        if self.accelerator.scaler:
+            self._parts["scaler"] = self.accelerator.scaler
         found = checkpoint.newest(self.out / "checkpoints")
         if found:
             checkpoint.restore(found, self._parts)
             self.say(f"going on from {found}")
+        self._forget_later_metrics()
+
+    def _forget_later_metrics(self) -> None:
+        """Lines of steps that were lost with a crash, and are done again, leave metrics.jsonl; so does a torn one."""
+
+        def kept(line: str) -> bool:
+            try:
+                return json.loads(line)["step"] <= self.step
+            except ValueError:
+                return False
+
+        metrics = self.out / "metrics.jsonl"
+        if self.main and metrics.exists():
+            write_text(metrics, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "samples": self.samples, "seconds": self.seconds}
@@ -249,13 +229,19 @@ class Run:
         )
         with bar, self._signals:
             for batch in loader:
-                yield {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+                torch.manual_seed(self._dropout_seed(batch))
+                positions = {"position": batch.pop("position")}  # read on the CPU, by `normal` and `uniform`
+                yield positions | {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
                 bar.update(self.samples - bar.n)
                 bar.set_postfix(self._latest(), refresh=False)
                 if self.accelerator.sync_gradients and (number := self._asked_to_stop()):
                     self.save()
                     self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
                     raise SystemExit(128 + number)
+
+    def _dropout_seed(self, batch: dict[str, Tensor]) -> int:
+        """For what draws from PyTorch's own generator: another one on each process and in each step."""
+        return int(random.stream(self.config.seed, "dropout", int(batch["position"][0])).integers(2**63))
 
     def _asked_to_stop(self) -> int:
         """The signal that any process has received, or 0: all stop after the same step."""
@@ -299,8 +285,8 @@ class Run:
         return random.normal(self.config.seed, purpose, batch["position"], shape).to(self.device)
 
     def uniform(self, purpose: str, batch: dict[str, Tensor]) -> Tensor:
-        """Uniform numbers [B] in (0, 1), float64, likewise."""
-        return random.uniform(self.config.seed, purpose, batch["position"]).to(self.device)
+        """Uniform numbers [B] in (0, 1), float64, on the CPU, likewise."""
+        return random.uniform(self.config.seed, purpose, batch["position"])
 
     # --- what the person sees ----------------------------------------------------------------------------------
 
@@ -364,23 +350,14 @@ class Run:
                     yield pixels.contiguous(memory_format=torch.channels_last)
                 bar.update(len(indices))
 
-    def end(self, **result: float) -> None:
+    def end(self, **result: float | str) -> None:
         """Write result.json, which marks the run as finished, and close the trackers."""
         if self.main:
-            result = {"step": self.step, "seconds": round(self.seconds, 1)} | result
-            write_text(self.out / "result.json", json.dumps(result, indent=1) + "\n")
+            about = {"step": self.step, "seconds": round(self.seconds, 1)}
+            write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()
 
 
 def as_is(batch: Any) -> Any:
     """Data sets make whole batches: nothing is left to collate."""
     return batch
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"run": {"seed": 0}} => {"run.seed": 0}"""
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {
-        key: value for name, item in tree.items() for key, value in flat(item, f"{prefix}{name}.").items()
-    }

@@ -37,6 +37,22 @@ def parser() -> argparse.ArgumentParser:
     )
     draw.set_defaults(run=generate)
 
+    name = verbs.add_parser(
+        "recognise", help="how many drawn pictures a classifier of the real ones names rightly"
+    )
+    name.add_argument("model", metavar="MODEL", help="a run folder, a stock diffusers folder, or a hub name")
+    name.add_argument(
+        "--data", required=True, metavar="P", help="the pictures, with classes, that it was trained on"
+    )
+    name.add_argument("--each", type=int, default=4, help="pictures drawn for each class (default 4)")
+    name.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
+    name.add_argument("--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)")
+    name.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
+    name.add_argument(
+        "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
+    )
+    name.set_defaults(run=run_recognise)
+
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
     )
@@ -69,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Draw, and save each picture with what it was drawn from inside it."""
-    from pipelines import LatentDiffusion
+    from pipelines.latent_diffusion import LatentDiffusion, best_device
     from pipelines.sheets import contact_sheet
 
     prompts = [*options.prompts, *options.classes]
@@ -77,7 +93,8 @@ def generate(options: argparse.Namespace) -> None:
         prompts += [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
-    model = LatentDiffusion.from_pretrained(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    model = LatentDiffusion.from_pretrained(options.model).to(best_device())
     images = model(
         prompts or None,
         steps=options.steps,
@@ -91,7 +108,6 @@ def generate(options: argparse.Namespace) -> None:
         progress=True,
     )
     told = [prompt for prompt in prompts for _ in range(options.n)]
-    options.out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         note = PngInfo()
         settings = {

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from autoencoder.files import write_text
 from ldm.config import UserError
 from ldm.scenes import prompts
 from ldm.scenes_check import satisfied
-from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.sheets import contact_sheet
 
 RECIPES = Path(__file__).parents[1] / "configs" / "scenes"
@@ -32,7 +35,8 @@ def demo(out: Path) -> None:
     stage("train_ldm", out / "ldm", "--autoencoder", str(out / "vae"))
     print(f"3/3  drawing {PROMPTS} prompts that were kept out of training", flush=True)
     result = out / "result.json"
-    if not result.exists():
+    trained = out / "ldm" / "result.json"
+    if not result.exists() or result.stat().st_mtime < trained.stat().st_mtime:
         write_text(result, json.dumps(draw_and_check(out), indent=1) + "\n")
     found = json.loads(result.read_text())
     print(
@@ -49,18 +53,35 @@ def stage(script: str, out: Path, *arguments: str) -> None:
     if not recipe.exists():
         raise UserError(f"{recipe} is not there; run the demo from a checkout of the project.")
     command = [sys.executable, "-m", script, "--config", str(recipe), "--run.out", str(out), *arguments]
-    done = subprocess.run(command, check=False)
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    child = subprocess.Popen(command)
+    with passed_on(child):
+        code = child.wait()
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
+@contextmanager
+def passed_on(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While open, a request to stop goes to the training, which saves first. Ctrl-C reaches it by itself."""
+
+    def forward(number: int, frame: object) -> None:
+        if number != signal.SIGINT:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def draw_and_check(out: Path) -> dict[str, object]:
     """Draw the held-out prompts, save the sheet, and say how many are satisfied, attribute by attribute."""
     began = time.time()
     captions = prompts(PROMPTS, "test")
-    images = LatentDiffusion.from_pretrained(out / "ldm")(
-        captions, steps=STEPS, guidance=GUIDANCE, batch=32, progress=True
-    )
+    model = LatentDiffusion.from_pretrained(out / "ldm").to(best_device())
+    images = model(captions, steps=STEPS, guidance=GUIDANCE, batch=32, progress=True)
     verdicts = [satisfied(image, caption) for image, caption in zip(images, captions, strict=True)]
     shares = {key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]}
     wrong = [not verdict["all"] for verdict in verdicts]
@@ -76,5 +97,5 @@ def draw_and_check(out: Path) -> dict[str, object]:
         "seconds": round(sum(s["seconds"] for s in stages) + time.time() - began, 1),
         "seconds_by_stage": {"vae": stages[0]["seconds"], "ldm": stages[1]["seconds"]},
         "peak_memory_gb": round(kib * 1024 / 1e9, 2),
-        "drawing": {"steps": STEPS, "guidance": GUIDANCE, "sampler": "dpmpp_2m", "weights": "EMA"},
+        "drawing": {"steps": STEPS, "guidance": GUIDANCE, "sampler": model.sampler, "weights": "EMA"},
     }

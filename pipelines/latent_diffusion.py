@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.kl import AutoencoderKL
+from ldm.checks import require_int
 from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
 from ldm.data import to_images
 from ldm.denoiser import Denoiser
@@ -47,6 +48,12 @@ class LatentDiffusion:
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all parts to a device."""
+        for part in (self.autoencoder, self.unet, self.conditioner):
+            part.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -81,6 +88,9 @@ class LatentDiffusion:
         sampler = sampler or self.sampler
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        for name, value in (("n", n), ("batch", batch)):
+            require_int(name, value, 1, 2**31)
+        require_int("seed", seed, 0, 2**62)
         read = self.read(prompts, n)
         count = len(next(iter(read.values()))) if read else n
         shape = self.latent_shape(size)
@@ -164,6 +174,11 @@ class LatentDiffusion:
         from pipelines import diffusers_format
 
         return cls(**diffusers_format.load(model))
+
+
+def best_device() -> str:
+    """cuda or mps where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:

@@ -12,7 +12,7 @@ from ldm.conditioning import ClassLabels
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source, to_tensor
 from pipelines.classifier import train_recogniser
-from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.sheets import contact_sheet
 
 
@@ -22,7 +22,7 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
     Raises:
         UserError: the data has no classes, or a class has no single caption to draw it from.
     """
-    drawer = LatentDiffusion.from_pretrained(model)
+    drawer = LatentDiffusion.from_pretrained(model).to(best_device())
     side = drawer.latent_shape(None)[1] * drawer.autoencoder.config.factor
     data = DataConfig(path=path, size=side)
     source = open_source(data)

@@ -32,7 +32,7 @@ class Stock:
     zero_terminal_snr: bool = True  # takes rescale_betas_zero_snr, as we do
 
 
-TRAILING = {"timestep_spacing": "trailing", "steps_offset": 0}
+TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ODE, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
 FIRST, SECOND = {"solver_order": 1}, {"solver_order": 2}
@@ -53,7 +53,7 @@ def vp(name: str, fixed: Mapping[str, Any], *, sample: bool = True, **traits: bo
 
 def flow(name: str, spacing: Spacing, fixed: Mapping[str, Any]) -> Stock:
     """A row of the flow path. Stock v_prediction takes alpha^2 + sigma^2 for 1, which it is not there."""
-    fixed = {"use_flow_sigmas": True, "timestep_spacing": "linspace", "steps_offset": 0} | dict(fixed)
+    fixed = {"use_flow_sigmas": True, "timestep_spacing": "linspace", "steps_offset": 1} | dict(fixed)
     return Stock(name=name, spacing=spacing, predictions=("flow", "epsilon", "sample"), fixed=fixed)
 
 

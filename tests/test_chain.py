@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ldm.conditioning import Cond
 from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from tests.support import TOY, losses, newest_weights, ran, started
+from tests.support import ROOT, TOY, losses, newest_weights, ran, started
 
 PROMPTS = [
     "a large red circle at the top left on a white background",
@@ -284,6 +285,13 @@ def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Pat
         (["generate", "{ldm}", "x", "--steps", "1001", "--out", "o"], 1, "steps is 1001"),
         (["generate", "{ldm}", "x", "--sampler", "magic", "--out", "o"], 1, "sampler is 'magic'"),
         (["generate", "{ldm}", "x", "--size", "15x16", "--out", "o"], 1, "width is 15"),
+        (["generate", "{ldm}", "x", "--batch", "-1", "--out", "o"], 1, "batch is -1"),
+        (["generate", "{ldm}", "x", "--n", "0", "--out", "o"], 1, "n is 0"),
+        (
+            ["recognise", "{ldm}", "--data", "nowhere/at/all", "--out", "o.json"],
+            1,
+            "nothing at nowhere/at/all",
+        ),
         (["generate", "{ldm}", "x", "--size", "big", "--out", "o"], 2, "'big' is not WIDTHxHEIGHT"),
         (["generate", "{ldm}", "x", "--guidance", "nan", "--out", "o"], 1, "scale is nan"),
         (["generate", "{ldm}", "x"], 2, "--out"),
@@ -315,6 +323,9 @@ def test_bad_requests_are_one_sentence(
             "There is nothing at nowhere/at/all",
         ),
         (train_vae, ["--data.size", "17"], 2, "data.size is 17"),
+        (train_vae, ["--show.every", "0"], 2, "show.every is 0"),
+        (train_ldm, ["--autoencoder", "{vae}", "--sampler", "magic"], 1, "magic"),
+        (train_ldm, ["--conditioning.text.encoder", "x"], 2, "text.width is of the small encoder"),
         (train_vae, ["--network.norm_num_groups", "3"], 2, "norm_num_groups"),
         (train_vae, ["--run.out", "/proc/nope"], 1, "/proc/nope can't be made"),
         (train_ldm, ["--autoencoder", "nowhere/at/all/x"], 1, "nowhere/at/all/x"),
@@ -340,6 +351,30 @@ def test_bad_settings_are_one_sentence(
         )
     said = capsys.readouterr().err
     assert ended.value.code == code and message in said and "Traceback" not in said
+
+
+def test_an_autoencoder_with_a_scaling_factor_is_used_with_it(chain: Path, tmp_path: Path) -> None:
+    """A stock autoencoder as it is: its factor scales latents in training as stock pipelines unscale them."""
+    autoencoder = AutoencoderKL.from_pretrained(chain / "vae" / "model")
+    autoencoder.config = replace(autoencoder.config, scaling_factor=0.5, shift_factor=0.25)
+    mean, std, noise = (torch.randn(2, 4, 8, 8) for _ in range(3))
+    z = train_ldm.scaled_latents({"mean": mean, "std": std}, noise, autoencoder)
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    model.autoencoder = autoencoder
+    torch.testing.assert_close(model.decode(z), autoencoder.decode(mean + std * noise))
+    assert not torch.allclose(z, mean + std * noise)
+
+
+def test_the_recipes_for_a_folder_train_on_a_folder(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (70, 66), (40, 90, 160)).save(tmp_path / "pictures" / f"{name}.png")
+        (tmp_path / "pictures" / f"{name}.txt").write_text(f"the letter {name}")
+    short = "--run.steps 1 --run.batch_size 2 --run.tracker none --run.precision no"
+    recipe = f"--config {ROOT}/configs/folder/{{0}}.yaml --data.path {tmp_path}/pictures --run.out {tmp_path}/{{0}}"
+    train_vae.main(f"{recipe} {short}".format("vae").split())
+    train_ldm.main(f"{recipe} {short} --autoencoder {tmp_path}/vae --show.steps 1".format("ldm").split())
+    assert (tmp_path / "ldm" / "model" / "model_index.json").exists()
 
 
 def test_accumulated_batches_learn_what_one_batch_learns(chain: Path, tmp_path: Path) -> None:

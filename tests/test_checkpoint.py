@@ -41,6 +41,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
+def test_pruning_spares_what_a_run_went_back_to(tmp_path: Path) -> None:
+    for step in (1000, 2000, 3000):
+        checkpoint.save(tmp_path / f"step-{step:08d}", trained(), {}, keep=9)
+    for step in (2000, 3000):
+        flip(tmp_path / f"step-{step:08d}" / "model.safetensors")
+    checkpoint.save(tmp_path / "step-00001500", trained(), {}, keep=2)
+    assert {"step-00001000", "step-00001500"} <= {p.name for p in tmp_path.iterdir()}
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

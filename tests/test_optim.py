@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ldm.checkpoint import join, split
 from ldm.optim import OptimizerConfig, make_optimizer, orthogonalise
 
 
@@ -75,3 +76,38 @@ def test_rates_warm_up_hold_and_fall_to_zero() -> None:
 def test_bad_settings_are_named(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"optimizer.{key} is {value}"):
         OptimizerConfig(**{key: value})
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_a_reloaded_optimizer_goes_on_bit_for_bit_in_channels_last(name: str) -> None:
+    torch.manual_seed(0)
+    first = nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    config = OptimizerConfig(name=name, lr=0.01)
+    optimizer = make_optimizer(config, [first])
+    inputs = [torch.randn(2, 8, 6, 6) for _ in range(4)]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for x in inputs[:2]:
+        train(first, optimizer, x)
+    second = copy.deepcopy(first)
+    reloaded = make_optimizer(config, [second])
+    reloaded.load_state_dict(copy.deepcopy(join(*split(optimizer.state_dict()))))
+    for x in inputs[2:]:
+        train(first, optimizer, x)
+        train(second, reloaded, x)
+    assert torch.equal(first.weight, second.weight)
+
+
+def test_an_overflown_fp16_gradient_moves_nothing() -> None:
+    layer = nn.Linear(4, 4)
+    before = copy.deepcopy(layer.state_dict())
+    optimizer = make_optimizer(OptimizerConfig(), [layer])
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())

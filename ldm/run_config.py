@@ -1,0 +1,54 @@
+"""How long a run is, how large its steps, in which precision, and where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How long, how large, where."""
+
+    out: Path
+    """Folder of the run; an existing run in it is continued"""
+    steps: int
+    """Optimizer steps"""
+    batch_size: int
+    """Samples an optimizer step, over all processes and accumulated batches"""
+    accumulate: int = 1
+    """Batches whose gradients are added up for one optimizer step"""
+    seed: int = 0
+    """Decides initial weights, data order, noise and dropout"""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of activations; weights and their averages stay float32. auto: bf16 where the processor has it"""
+    max_norm: float = 1.0
+    """Gradients longer than this are scaled down to it"""
+    save_every: int = 1000
+    """Optimizer steps between checkpoints"""
+    keep: int = 2
+    """Checkpoints kept"""
+    log_every: int = 50
+    """Optimizer steps between lines in metrics.jsonl and the tracker"""
+    tracker: str = "tensorboard"
+    """A tracker that Accelerate knows, or none"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.keep < 2:
+            raise ValueError(
+                f"run.keep is {self.keep}, but must be at least 2: the newest may turn out damaged"
+            )
+
+
+def best_precision() -> Literal["no", "bf16"]:
+    """bf16 where this machine multiplies it natively, else no."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16") else "no"
