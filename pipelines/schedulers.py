@@ -32,6 +32,7 @@ class Stock:
     zero_terminal_snr: bool = True  # takes rescale_betas_zero_snr, as we do
 
 
+UNREAD = "steps_offset"  # without effect at these spacings; stock pipelines warn of another value than 1
 TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
 UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 ODE, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
@@ -180,7 +181,8 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Path, str, str]:
     path, prediction = path_and_prediction(config)
     for (kind, sampler), row in TABLE.items():
         if kind == path.kind and row.name == config["_class_name"]:
-            unlike = [key for key, value in row.fixed.items() if config.get(key) != value]
+            read = {key: value for key, value in row.fixed.items() if key != UNREAD}
+            unlike = [key for key, value in read.items() if config.get(key) != value]
             if not unlike:
                 return path, prediction, sampler
     raise ValueError(f"no sampler here draws exactly as {config['_class_name']} with this configuration does")
