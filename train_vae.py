@@ -18,6 +18,7 @@ from autoencoder.files import written_beside
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.latents import LatentStatistics, fold
 from autoencoder.losses import LossConfig, reconstruction
+from autoencoder.metrics import psnr
 from ldm.checkpoint import writing
 from ldm.config import command, load
 from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
@@ -106,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
         if run.due(recipe.run.save_every):
             run.save()
     made = finish(run, ema["autoencoder"], source, recipe, originals)
-    quality = psnr(made, originals)
+    quality = psnr(made, originals).mean().item()
     run.say(
         f"PSNR {quality:.2f} dB on {len(originals)} pictures of split {split}; the model is in {run.out}/model"
     )
@@ -128,18 +129,12 @@ def reconstruct(autoencoder: nn.Module, originals: Tensor) -> Tensor:
     return torch.cat(made).float().clamp(-1, 1)
 
 
-def psnr(made: Tensor, originals: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB for a range of [-1, 1], averaged over pictures."""
-    errors = (made - originals).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / errors)).mean().item()
-
-
 def show(run: Run, autoencoder: nn.Module, originals: Tensor) -> None:
     """Note the PSNR, and save originals above their reconstructions."""
     if not run.main:
         return
     made = reconstruct(autoencoder, originals)
-    run.remark(psnr_db=psnr(made, originals))
+    run.remark(psnr_db=psnr(made, originals).mean().item())
     sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]))
     run.picture(sheet, "reconstructions")
 
