@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import UserError, command
+from pipelines.plot_cli import add_plot
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,6 +61,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/scenes"), metavar="DIR", help="default runs/scenes"
     )
     demo.set_defaults(run=run_demo)
+
+    add_plot(verbs)
     return main
 
 
