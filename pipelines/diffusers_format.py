@@ -17,7 +17,7 @@ from ldm.conditioning import ClassLabels, Text, Unconditional, encoder_class
 from ldm.config import UserError
 from ldm.prediction import make_prediction
 from ldm.unet import UNet
-from pipelines.schedulers import from_scheduler_config, scheduler_config
+from pipelines.schedulers import DIFFUSERS_VERSION, from_scheduler_config, scheduler_config
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -40,7 +40,7 @@ def save(model: LatentDiffusion, folder: Path) -> None:
         model.unet.save_pretrained(fresh / "unet")
         model.autoencoder.save_pretrained(fresh / "vae")
         write_json(fresh / "scheduler" / "scheduler_config.json", scheduler)
-        index: dict[str, Any] = {"_class_name": OURS}
+        index: dict[str, Any] = {"_class_name": OURS, "_diffusers_version": DIFFUSERS_VERSION}
         if isinstance(model.conditioner, Text):
             index["_class_name"] = TEXT
             parts |= _save_text(model.conditioner, fresh)

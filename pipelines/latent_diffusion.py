@@ -23,10 +23,10 @@ from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
 from ldm.data import to_images
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
-from ldm.paths import Flow
+from ldm.paths import Flow, Grid
 from ldm.paths import Path as NoisePath
 from ldm.prediction import Prediction
-from ldm.samplers import SAMPLERS, Noise
+from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
 from ldm.unet import UNet
 from pipelines.schedulers import sampling_grid
 
@@ -85,29 +85,38 @@ class LatentDiffusion:
         Raises:
             ValueError: names an argument that is out of range, an unknown sampler or class.
         """
-        sampler = sampler or self.sampler
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         for name, value in (("n", n), ("batch", batch)):
             require_int(name, value, 1, 2**31)
         require_int("seed", seed, 0, 2**62)
         read = self.read(prompts, n)
         count = len(next(iter(read.values()))) if read else n
         shape = self.latent_shape(size)
-        path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
-        grid, start = sampling_grid(path, sampler, steps)
+        sample, grid, start = self.sampler_for(sampler, steps, shape)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
             for first in range(0, count, batch):
                 last = min(count, first + batch)
-                cond = self.conditioner({k: v[first:last].to(self.device) for k, v in read.items()})
-                null = self.null(negative, last - first)
+                some = {key: value[first:last] for key, value in read.items()}
+                denoise = self.guided(some, last - first, guidance, negative)
                 noise = noise_of(range(seed + first, seed + last), shape, self.device)
-                denoise = guided(self.denoiser(), cond, null, guidance)
-                z = SAMPLERS[sampler](denoise, noise(-1) * start, grid, noise=noise)
-                images += to_images(self.decode(z))
+                images += to_images(self.decode(sample(denoise, noise(-1) * start, grid, noise=noise)))
                 bar.update(last - first)
         return images
+
+    def sampler_for(
+        self, sampler: str | None, steps: int, shape: Sequence[int]
+    ) -> tuple[Sampler, Grid, float]:
+        """A sampler, by default the model's, its levels for latents of (C, h, w), and what the first noise is times."""
+        sampler = sampler or self.sampler
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
+        return SAMPLERS[sampler], *sampling_grid(path, sampler, steps)
+
+    def guided(self, read: dict[str, Tensor], n: int, guidance: float, negative: str = "") -> Denoise:
+        """What a sampler takes, for n samples told what `read` gave."""
+        cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
+        return guided(self.denoiser(), cond, self.null(negative, n), guidance)
 
     def read(self, prompts: str | Sequence[str] | None, n: int) -> dict[str, Tensor]:
         """Prompts, each n times, as the conditioner's batch."""
@@ -156,6 +165,12 @@ class LatentDiffusion:
 
     def denoiser(self) -> Denoiser:
         return Denoiser(self.unet, self.path, self.prediction)
+
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B,3,H,W] in [-1, 1] => latents [B,C,h,w]: the posterior's mean, or the sample `noise` stands for."""
+        config, posterior = self.autoencoder.config, self.autoencoder.encode(pixels)
+        z = posterior.mean if noise is None else posterior.sample(noise)
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]."""

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pipelines.cli_draw import MODEL
+
 
 def add_plot(verbs: Any) -> None:
     """Add the verb to the command's sub-parsers."""
@@ -33,9 +35,7 @@ def add_plot(verbs: Any) -> None:
     guidance = kind("guidance", "the same noise at several scales of guidance", plot_guidance)
     steps = kind("steps", "time and distance from the limit against sampling steps", plot_steps)
     for sub in (guidance, steps):
-        sub.add_argument(
-            "model", metavar="MODEL", help="a run folder, a stock diffusers folder, or a hub name"
-        )
+        sub.add_argument("model", metavar="MODEL", help=MODEL)
         sub.add_argument("prompts", metavar="PROMPT", nargs="+", help="a caption, or the name of a class")
         sub.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
     guidance.add_argument("--scales", type=float, nargs="+", default=[1, 2, 4, 7, 12], metavar="G")
