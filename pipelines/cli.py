@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import UserError, command
+from pipelines import cli_doctor as doctor
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
     draw.add_argument(
+        "--tile", type=int, metavar="N", help="decode pictures larger than N pixels in tiles of N, for less memory"
+    )
+    draw.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the pictures and sheet.png"
     )
     draw.set_defaults(run=generate)
@@ -52,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
     )
     name.set_defaults(run=run_recognise)
+
+    doctor.add(verbs)
 
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
@@ -105,6 +111,7 @@ def generate(options: argparse.Namespace) -> None:
         seed=options.seed,
         size=options.size,
         batch=options.batch,
+        tile=options.tile,
         progress=True,
     )
     told = [prompt for prompt in prompts for _ in range(options.n)]

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
@@ -68,6 +69,7 @@ class LatentDiffusion:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         batch: int = 16,
+        tile: int | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw `n` pictures for each prompt, in the order of the prompts.
@@ -81,11 +83,15 @@ class LatentDiffusion:
             seed: picture i is drawn from seed + i, whatever is drawn beside it.
             size: (width, height) in pixels; by default that of training.
             batch: pictures drawn together.
+            tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
+                which is shared with each neighbour: memory for one tile, faint seams (`autoencoder.tiling`).
 
         Raises:
             ValueError: names an argument that is out of range, an unknown sampler or class.
         """
         sampler = sampler or self.sampler
+        if tile is not None:
+            tiling.require_tile(tile, tile // 4, self.autoencoder.config.factor)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         for name, value in (("n", n), ("batch", batch)):
@@ -105,7 +111,7 @@ class LatentDiffusion:
                 noise = noise_of(range(seed + first, seed + last), shape, self.device)
                 denoise = guided(self.denoiser(), cond, null, guidance)
                 z = SAMPLERS[sampler](denoise, noise(-1) * start, grid, noise=noise)
-                images += to_images(self.decode(z))
+                images += to_images(self.decode(z, tile))
                 bar.update(last - first)
         return images
 
@@ -157,10 +163,14 @@ class LatentDiffusion:
     def denoiser(self) -> Denoiser:
         return Denoiser(self.unet, self.path, self.prediction)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]."""
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; larger than `tile`, one picture and tile at a time."""
         config = self.autoencoder.config
-        return self.autoencoder.decode(z / config.scaling_factor + (config.shift_factor or 0.0))
+        raw = z / config.scaling_factor + (config.shift_factor or 0.0)
+        if tile is None or max(raw.shape[2:]) * config.factor <= tile:
+            return self.autoencoder.decode(raw)
+        parts = [tiling.decode(self.autoencoder, one, tile=tile, overlap=tile // 4) for one in raw.split(1)]
+        return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""
