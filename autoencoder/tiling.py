@@ -22,7 +22,7 @@ from autoencoder.kl import AutoencoderKL, Posterior
 from autoencoder.metrics import psnr
 from autoencoder.model import at_least_float32, check_images, check_latents
 
-TILE, OVERLAP = 512, 128
+TILE = 512
 
 
 class Window(NamedTuple):
@@ -66,20 +66,21 @@ def _rise(shared: int) -> Tensor:
 
 
 def encode(
-    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int | None = None
 ) -> Posterior:
     """What `autoencoder.encode` gives, with memory for one tile of pixels at a time.
 
     Args:
         pixels: [B, 3, H, W] in [-1, 1], on any device: each tile is brought to the autoencoder's.
         tile: side of a tile in pixels, a multiple of the factor f. A picture within it is encoded as it is.
-        overlap: pixels that neighbours share, a multiple of f and at most half of `tile`; more hides seams better.
+        overlap: pixels that neighbours share at least, a multiple of f and at most half of `tile`; more hides seams
+            better. By default a quarter of `tile`.
 
     Raises ValueError for a tile or an overlap that does not fit, and as `autoencoder.encode` does.
     """
     check_images(pixels, autoencoder.config)
     f = autoencoder.config.factor
-    require_tile(tile, overlap, f)
+    overlap = require_tile(tile, overlap, f)
 
     def read(rows: slice, columns: slice) -> Tensor:
         part = pixels[:, :, rows.start * f : rows.stop * f, columns.start * f : columns.stop * f]
@@ -90,7 +91,7 @@ def encode(
     return Posterior.from_moments(moments.to(pixels.device))
 
 
-def decode(autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
+def decode(autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int | None = None) -> Tensor:
     """What `autoencoder.decode` gives, with memory for one tile of pixels and the result.
 
     Args:
@@ -101,7 +102,7 @@ def decode(autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: 
     """
     check_latents(z, autoencoder.config.latent_channels)
     f = autoencoder.config.factor
-    require_tile(tile, overlap, f)
+    overlap = require_tile(tile, overlap, f)
 
     def read(rows: slice, columns: slice) -> Tensor:
         return autoencoder.decode(_beside(z[:, :, rows, columns], autoencoder))
@@ -143,8 +144,13 @@ def _latent(pixels: slice, grow: int) -> slice:
     return slice(pixels.start // grow, pixels.stop // grow)
 
 
-def require_tile(tile: int, overlap: int, factor: int) -> None:
-    """ValueError unless both are multiples of the factor and the overlap at most half of the tile."""
+def require_tile(tile: int, overlap: int | None, factor: int) -> int:
+    """The overlap, by default a quarter of the tile.
+
+    ValueError unless both are multiples of the factor and the overlap is at most half of the tile.
+    """
+    if overlap is None:
+        overlap = tile // (4 * factor) * factor
     for name, value, least in (("tile", tile, factor), ("overlap", overlap, 0)):
         if value < least or value % factor:
             near = max(least, round(value / factor) * factor)
@@ -153,6 +159,7 @@ def require_tile(tile: int, overlap: int, factor: int) -> None:
             )
     if 2 * overlap > tile:
         raise ValueError(f"overlap is {overlap}, but must be at most half of the tile, {tile // 2}.")
+    return overlap
 
 
 class SeamError(NamedTuple):
@@ -168,7 +175,7 @@ class SeamError(NamedTuple):
 
 @torch.no_grad()
 def seam_error(
-    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int = OVERLAP
+    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int | None = None
 ) -> SeamError:
     """Measure on pictures [B, 3, H, W] in [-1, 1] that are larger than the tile, else there is no error."""
     z = autoencoder.encode(_beside(pixels, autoencoder)).mean

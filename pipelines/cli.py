@@ -34,7 +34,10 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
     draw.add_argument(
-        "--tile", type=int, metavar="N", help="decode pictures larger than N pixels in tiles of N, for less memory"
+        "--tile",
+        type=int,
+        metavar="N",
+        help="decode pictures larger than N pixels in tiles of N, for less memory",
     )
     draw.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the pictures and sheet.png"

@@ -22,7 +22,9 @@ def add_latents(things: Any) -> None:
         nargs="+",
         help="a stage 1 run, a stock AutoencoderKL folder or a hub name; several are compared on the same data",
     )
-    reader.add_argument("--data", metavar="P", help="pictures; by default those that the first RUN was trained on")
+    reader.add_argument(
+        "--data", metavar="P", help="pictures; by default those that the first RUN was trained on"
+    )
     reader.add_argument("--size", type=int, metavar="N", help="side in pixels; by default that of training")
     reader.add_argument(
         "--pictures", type=int, default=1024, metavar="N", help="training pictures looked at (default 1024)"

@@ -91,7 +91,7 @@ class LatentDiffusion:
         """
         sampler = sampler or self.sampler
         if tile is not None:
-            tiling.require_tile(tile, tile // 4, self.autoencoder.config.factor)
+            tiling.require_tile(tile, None, self.autoencoder.config.factor)
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         for name, value in (("n", n), ("batch", batch)):
@@ -164,12 +164,12 @@ class LatentDiffusion:
         return Denoiser(self.unet, self.path, self.prediction)
 
     def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
-        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; larger than `tile`, one picture and tile at a time."""
+        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; those larger than `tile` one by one, in tiles."""
         config = self.autoencoder.config
         raw = z / config.scaling_factor + (config.shift_factor or 0.0)
         if tile is None or max(raw.shape[2:]) * config.factor <= tile:
             return self.autoencoder.decode(raw)
-        parts = [tiling.decode(self.autoencoder, one, tile=tile, overlap=tile // 4) for one in raw.split(1)]
+        parts = [tiling.decode(self.autoencoder, one, tile=tile) for one in raw.split(1)]
         return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -32,8 +32,8 @@ def work(size: int, tile: int | None, widths: tuple[int, ...]) -> dict[str, floa
         if tile is None:
             model.decode(model.encode(pixels).mean)
         else:
-            z = tiling.encode(model, pixels, tile=tile, overlap=tile // 4).mean
-            tiling.decode(model, z, tile=tile, overlap=tile // 4)
+            z = tiling.encode(model, pixels, tile=tile).mean
+            tiling.decode(model, z, tile=tile)
     return {"mb": peak() - before, "total_mb": peak(), "seconds": round(time.time() - began, 1)}
 
 
