@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
+from pipelines.stage_one import open_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,22 +183,6 @@ class Contract:
                     f"This run was begun with another {term} (sha256 {begun_with[:12]}, now "
                     f"{self.terms[term][:12]}); bring that one back, or choose another run.out."
                 )
-
-
-def open_autoencoder(name: str) -> AutoencoderKL:
-    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name."""
-    folder = Path(name).expanduser()
-    inner = next(
-        (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
-    )
-    if inner is None and folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, or set autoencoder."
-        )
-    autoencoder = AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
-    if autoencoder.config.latents_mean or autoencoder.config.latents_std:
-        raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")
-    return autoencoder
 
 
 def fit_network(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.config import command
+from pipelines import cli_doctor as doctor
 from pipelines.cli_draw import MODEL, add_draw
 from pipelines.cli_plot import add_plot
 
@@ -33,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
     )
     name.set_defaults(run=run_recognise)
+
+    doctor.add(verbs)
 
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"

@@ -26,6 +26,8 @@ def add_draw(verbs: Any) -> None:
     sampling_options(draw)
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
+    tile = "decode pictures larger than N pixels in tiles of N, for less memory"
+    draw.add_argument("--tile", type=int, metavar="N", help=tile)
     draw.set_defaults(run=generate)
 
     edit = verbs.add_parser("edit", help="change a picture as a prompt says (image to image)")
@@ -134,7 +136,8 @@ def generate(options: argparse.Namespace) -> None:
     prompts = prompts_of(options)
     model = opened(options)
     settings = sampled(options)
-    images = model(prompts or None, size=options.size, batch=options.batch, progress=True, **settings)
+    size, batch, tile = options.size, options.batch, options.tile
+    images = model(prompts or None, size=size, batch=batch, tile=tile, progress=True, **settings)
     keep(images, options, model, prompts)
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
@@ -68,6 +69,7 @@ class LatentDiffusion:
         seed: int = 0,
         size: tuple[int, int] | None = None,
         batch: int = 16,
+        tile: int | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw `n` pictures for each prompt, in the order of the prompts.
@@ -81,10 +83,14 @@ class LatentDiffusion:
             seed: picture i is drawn from seed + i, whatever is drawn beside it.
             size: (width, height) in pixels; by default that of training.
             batch: pictures drawn together.
+            tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
+                which is shared with each neighbour: memory for one tile, faint seams (`autoencoder.tiling`).
 
         Raises:
             ValueError: names an argument that is out of range, an unknown sampler or class.
         """
+        if tile is not None:
+            tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
             require_int(name, value, 1, 2**31)
         require_int("seed", seed, 0, 2**62)
@@ -99,7 +105,8 @@ class LatentDiffusion:
                 some = {key: value[first:last] for key, value in read.items()}
                 denoise = self.guided(some, last - first, guidance, negative)
                 noise = noise_of(range(seed + first, seed + last), shape, self.device)
-                images += to_images(self.decode(sample(denoise, noise(-1) * start, grid, noise=noise)))
+                z = sample(denoise, noise(-1) * start, grid, noise=noise)
+                images += to_images(self.decode(z, tile))
                 bar.update(last - first)
         return images
 
@@ -172,10 +179,14 @@ class LatentDiffusion:
         z = posterior.mean if noise is None else posterior.sample(noise)
         return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]."""
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; those larger than `tile` one by one, in tiles."""
         config = self.autoencoder.config
-        return self.autoencoder.decode(z / config.scaling_factor + (config.shift_factor or 0.0))
+        raw = z / config.scaling_factor + (config.shift_factor or 0.0)
+        if tile is None or max(raw.shape[2:]) * config.factor <= tile:
+            return self.autoencoder.decode(raw)
+        parts = [tiling.decode(self.autoencoder, one, tile=tile) for one in raw.split(1)]
+        return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""
