@@ -23,12 +23,13 @@ from ldm.cache import LatentCache, build
 from ldm.checkpoint import writing
 from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
 from ldm.config import UserError, command, load
-from ldm.data import DataConfig, Source, open_source, order
+from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
+from ldm.sampling import order
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig

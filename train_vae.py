@@ -21,9 +21,11 @@ from autoencoder.losses import LossConfig, reconstruction
 from autoencoder.metrics import psnr
 from ldm.checkpoint import writing
 from ldm.config import command, load
-from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
+from ldm.data import DataConfig, Source, open_source, shown_source
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.pictures import to_images, to_tensor
+from ldm.sampling import Pixels, order
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
 

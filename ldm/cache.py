@@ -24,7 +24,8 @@ from autoencoder.store import weight_hash
 from ldm import random
 from ldm.checkpoint import writing
 from ldm.conditioning import Text
-from ldm.data import DataConfig, Source, to_tensor
+from ldm.data import DataConfig, Source
+from ldm.pictures import to_tensor
 
 VERSION = 1
 SHARD = 1024

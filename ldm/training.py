@@ -34,9 +34,11 @@ from tqdm import tqdm
 from autoencoder.files import write_text
 from ldm import checkpoint, random
 from ldm.config import UserError, differences, plain, to_yaml
-from ldm.data import Source, Stream, to_tensor
+from ldm.data import Source
 from ldm.optim import OptimizerConfig
+from ldm.pictures import to_tensor
 from ldm.run_config import RunConfig, best_precision
+from ldm.sampling import Stream
 from ldm.signals import StopSignals
 
 IMMATERIAL = (

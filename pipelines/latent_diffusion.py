@@ -20,11 +20,11 @@ from tqdm import tqdm
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
-from ldm.data import to_images
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
 from ldm.paths import Flow
 from ldm.paths import Path as NoisePath
+from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Noise
 from ldm.unet import UNet
