@@ -113,7 +113,7 @@ class Source:
         labels: list[int] | None = None,
         classes: Sequence[str] = (),
         notes: Sequence[str] = (),
-        files: Sequence[Path] = (),
+        files: Sequence[Path | str] = (),
     ) -> None:
         self.pictures, self.config, self.kind, self.notes = pictures, config, kind, tuple(notes)
         self.texts, self.classes, self.files = texts, tuple(classes), tuple(files)

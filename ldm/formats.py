@@ -55,8 +55,8 @@ class Found:
     """Of columns with numbered classes: what the numbers mean"""
     notes: tuple[str, ...] = ()
     """Sentences for the person"""
-    files: tuple[Path, ...] = ()
-    """The shards that pictures lie in; none if each is a file of its own"""
+    files: Sequence[Path | str] = ()
+    """All files that pictures lie in, or that are pictures"""
 
 
 def find(path: str, split: str) -> Found:
@@ -141,7 +141,7 @@ def _folder(folder: Path, pictures: list[Path], split: str) -> Found:
     if all(p.parent != folder for p in pictures):
         columns["label"] = [p.relative_to(folder).parts[0] for p in pictures]
         kind += ", a sub-folder for each class"
-    return Found(pictures=_stored(pictures, root), columns=columns, kind=kind)
+    return Found(pictures=_stored(pictures, root), columns=columns, kind=kind, files=pictures)
 
 
 def _text(file: Path) -> str:
@@ -178,6 +178,7 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
         columns=_columns(rows),
         kind=f"picture folder with {metadata[0].name}",
         notes=notes,
+        files=named,
     )
 
 

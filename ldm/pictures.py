@@ -36,9 +36,12 @@ SIGNS = {
 class BadPicture(UserError):
     """A picture that can't be used; `name` is where it is and `reason` what is wrong with it."""
 
-    def __init__(self, name: str, reason: str = "") -> None:
-        super().__init__(f"{name} {reason}" if reason else name)
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
         self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
 
 
 class Stored(NamedTuple):
@@ -127,6 +130,8 @@ def decoded(name: str, data: bytes, megapixels: float, *, whole: bool = False) -
         sign = next((name for sign, name in SIGNS.items() if start.startswith(sign.lower())), None)
         what = f"is {sign}" if sign else "is in no format that is read"
         raise BadPicture(name, f"{what}; pictures are {', '.join(FORMATS)}") from None
+    except Image.DecompressionBombError as problem:
+        raise BadPicture(name, f"is larger than data.max_megapixels {megapixels:g}: {problem}") from None
     except Exception as problem:  # a damaged file can make a decoder raise anything
         first = " ".join(str(problem).split()) or type(problem).__name__
         raise BadPicture(name, f"is damaged: {first}") from None

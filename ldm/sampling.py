@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from ldm import random
 from ldm.config import UserError
@@ -80,3 +81,53 @@ class Pixels:
             mirrored = random.uniform(self.seed, "flip", positions) < 0.5
             pixels[mirrored] = pixels[mirrored].flip(-1)
         return {"position": positions, "index": indices, "pixels": pixels}
+
+
+def slices(first: int, last: int, size: int) -> Iterator[range]:
+    """The numbers from `first` up to `last` in ranges of `size`, the last one shorter."""
+    for start in range(first, last, size):
+        yield range(start, min(last, start + size))
+
+
+def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int) -> Iterator[Any]:
+    """`dataset.__getitems__(batch)` of each batch, in order, prepared by worker processes; 0: by this one.
+
+    Raises:
+        UserError: what went wrong in a worker, in the sentence that it raised there; or that one has died.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        Guarded(dataset),  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=as_is,
+    )
+    try:
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as problem:
+        if not str(problem).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"A process that reads pictures has died ({str(problem).splitlines()[0]}); it may have run out of memory. "
+            "Lower workers, or run the same command again."
+        ) from None
+
+
+class Guarded:
+    """A data set whose UserErrors are handed over as they are: a worker would wrap them in its traceback."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, items: Sequence[Any]) -> Any:
+        try:
+            return self.dataset.__getitems__(items)
+        except UserError as problem:
+            return problem
+
+
+def as_is(batch: Any) -> Any:
+    """Data sets make whole batches: nothing is left to collate."""
+    return batch

@@ -28,17 +28,17 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from autoencoder.files import write_text
 from ldm import checkpoint, random
 from ldm.config import UserError, differences, plain, to_yaml
+from ldm.contract import begun
 from ldm.data import Source
 from ldm.optim import OptimizerConfig
 from ldm.pictures import to_tensor
 from ldm.run_config import RunConfig, best_precision
-from ldm.sampling import Stream
+from ldm.sampling import Stream, read
 from ldm.signals import StopSignals
 
 IMMATERIAL = (
@@ -112,8 +112,7 @@ class Run:
 
     def _refuse_another_recipe(self) -> None:
         saved = self.out / "config.yaml"
-        begun = any((self.out / "checkpoints").glob("step-*")) or (self.out / "result.json").exists()
-        if not saved.exists() or not begun:
+        if not saved.exists() or not begun(self.out):
             return
         changed = [
             change
@@ -220,7 +219,6 @@ class Run:
             rank=rank,
             ranks=ranks,
         )
-        loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, collate_fn=as_is)
         bar = tqdm(
             total=total,
             initial=self.samples,
@@ -230,7 +228,7 @@ class Run:
             disable=not self.main,
         )
         with bar, self._signals:
-            for batch in loader:
+            for batch in read(dataset, stream, workers):
                 torch.manual_seed(self._dropout_seed(batch))
                 positions = {"position": batch.pop("position")}  # read on the CPU, by `normal` and `uniform`
                 yield positions | {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
@@ -358,8 +356,3 @@ class Run:
             about = {"step": self.step, "seconds": round(self.seconds, 1)}
             write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()
-
-
-def as_is(batch: Any) -> Any:
-    """Data sets make whole batches: nothing is left to collate."""
-    return batch
