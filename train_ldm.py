@@ -83,6 +83,10 @@ class Recipe:
     """Of the averaged weights, which are the ones drawn with and kept"""
     show: ShowConfig = field(default_factory=ShowConfig)
 
+    def __post_init__(self) -> None:
+        if self.data.crop == "random":
+            raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
+
 
 @command("train_ldm.py")
 def main(argv: Sequence[str]) -> None:

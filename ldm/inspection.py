@@ -28,7 +28,7 @@ from ldm.checkpoint import writing
 from ldm.config import UserError
 from ldm.data import SceneSource, Source, content_sum
 from ldm.pictures import FORMATS, BadPicture, content, decoded
-from ldm.sampling import read, slices
+from ldm.sampling import cores, read, slices
 
 VERSION = 1
 BATCH = 64
@@ -96,14 +96,6 @@ def look(source: Source, *, thorough: bool = False, show: bool = True) -> Iterat
         for looks in read(Looks(source, thorough), batches, cores(len(source))):
             yield from looks
             bar.update(len(looks))
-
-
-def cores(pictures: int) -> int:
-    """Workers that reading so many pictures is worth, while this process does nothing else; 0: none."""
-    if pictures < 4 * BATCH:
-        return 0
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(16, len(os.sched_getaffinity(0)) // sharing))
 
 
 def inspected(source: Source, run: Any, split: str = "") -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -83,10 +84,28 @@ class Pixels:
         return {"position": positions, "index": indices, "pixels": pixels}
 
 
+class Squares:
+    """Pictures as they are, cropped in the middle, for `read`: lists of indices to [B,3,S,S] in [-1, 1]."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([to_tensor(self.source.picture(i, self.size)) for i in indices])
+
+
 def slices(first: int, last: int, size: int) -> Iterator[range]:
     """The numbers from `first` up to `last` in ranges of `size`, the last one shorter."""
     for start in range(first, last, size):
         yield range(start, min(last, start + size))
+
+
+def cores(pictures: int) -> int:
+    """Workers that reading so many pictures is worth, while this process does nothing else; 0: none."""
+    if pictures < 256:
+        return 0
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, len(os.sched_getaffinity(0)) // sharing))
 
 
 def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int) -> Iterator[Any]:

@@ -36,9 +36,8 @@ from ldm.config import UserError, differences, plain, to_yaml
 from ldm.contract import begun
 from ldm.data import Source
 from ldm.optim import OptimizerConfig
-from ldm.pictures import to_tensor
 from ldm.run_config import RunConfig, best_precision
-from ldm.sampling import Stream, read
+from ldm.sampling import Squares, Stream, cores, read, slices
 from ldm.signals import StopSignals
 
 IMMATERIAL = (
@@ -343,12 +342,11 @@ class Run:
         """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
         mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
         with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
-            for first in range(0, len(mine), 32):
-                indices = mine[first : first + 32]
-                pixels = torch.stack([to_tensor(source.picture(i, size)) for i in indices]).to(self.device)
+            batches = [mine[part.start : part.stop] for part in slices(0, len(mine), 32)]
+            for pixels in read(Squares(source, size), batches, cores(len(source))):
                 with self.accelerator.autocast():
-                    yield pixels.contiguous(memory_format=torch.channels_last)
-                bar.update(len(indices))
+                    yield pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+                bar.update(len(pixels))
 
     def end(self, **result: float | str) -> None:
         """Write result.json, which marks the run as finished, and close the trackers."""
