@@ -22,12 +22,15 @@ from ldm.cache import LatentCache, build
 from ldm.checkpoint import writing
 from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
 from ldm.config import UserError, command, load
-from ldm.data import DataConfig, Source, open_source, order
+from ldm.contract import Contract
+from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
+from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
+from ldm.sampling import order
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
@@ -80,6 +83,10 @@ class Recipe:
     """Of the averaged weights, which are the ones drawn with and kept"""
     show: ShowConfig = field(default_factory=ShowConfig)
 
+    def __post_init__(self) -> None:
+        if self.data.crop == "random":
+            raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
+
 
 @command("train_ldm.py")
 def main(argv: Sequence[str]) -> None:
@@ -89,9 +96,12 @@ def main(argv: Sequence[str]) -> None:
         return
     source = open_source(recipe.data)
     run.say(source.describe())
+    source = inspected(source, run)
     autoencoder = run.place(open_autoencoder(recipe.autoencoder))
     conditioner = run.place(make_conditioner(recipe.conditioning, source.texts, source.classes))
     report_cut_captions(run, conditioner, source)
+    contract = contract_of(source, autoencoder, conditioner)
+    contract.keep(run)
     latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
 
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
@@ -102,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(contract=Contract(autoencoder, conditioner), **trained, ema=ema, optimizer=optimizer)
+    run.resume(contract=contract, **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
@@ -159,30 +169,20 @@ def save_model(run: Run, model: LatentDiffusion) -> None:
             model.save_pretrained(run.out / "model")
 
 
-class Contract:
-    """What a run may not change under way: with other latents, words or classes, its weights mean something else."""
-
-    def __init__(self, autoencoder: AutoencoderKL, conditioner: nn.Module) -> None:
-        words = ""
-        if isinstance(conditioner, Text):
-            words = conditioner.vocabulary_hash()
-        elif isinstance(conditioner, ClassLabels):
-            words = repr(conditioner.classes)
-        self.terms = {
+def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:
+    """What this run may not change under way."""
+    words = ""
+    if isinstance(conditioner, Text):
+        words = conditioner.vocabulary_hash()
+    elif isinstance(conditioner, ClassLabels):
+        words = repr(conditioner.classes)
+    return Contract(
+        {
             "autoencoder": weight_hash(autoencoder.state_dict()),
             "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
+            "set of pictures": source.fingerprint,
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.terms
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for term, begun_with in state.items():
-            if begun_with != self.terms[term]:
-                raise UserError(
-                    f"This run was begun with another {term} (sha256 {begun_with[:12]}, now "
-                    f"{self.terms[term][:12]}); bring that one back, or choose another run.out."
-                )
+    )
 
 
 def fit_network(

@@ -21,9 +21,13 @@ from autoencoder.losses import LossConfig, reconstruction
 from autoencoder.metrics import psnr
 from ldm.checkpoint import writing
 from ldm.config import command, load
-from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
+from ldm.contract import Contract
+from ldm.data import DataConfig, Source, open_source, shown_source
 from ldm.ema import EMA
+from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.pictures import to_images, to_tensor
+from ldm.sampling import Pixels, order
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
 
@@ -76,13 +80,16 @@ def main(argv: Sequence[str]) -> None:
         return
     source = open_source(recipe.data)
     run.say(source.describe())
-    originals, split = pixels_to_show(recipe)
+    source = inspected(source, run)
+    contract = Contract({"set of pictures": source.fingerprint})
+    contract.keep(run)
+    originals, split = pixels_to_show(recipe, run)
     originals = originals.to(run.device)
 
     network = run.place(AutoencoderKL(replace(recipe.network, sample_size=recipe.data.size)))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    run.resume(autoencoder=autoencoder, ema=ema, optimizer=optimizer)
+    run.resume(contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer)
     run.say(
         f"autoencoder: {sum(p.numel() for p in network.parameters()):,} weights, factor {recipe.network.factor}"
     )
@@ -114,9 +121,10 @@ def main(argv: Sequence[str]) -> None:
     run.end(psnr_db=round(quality, 3), psnr_split=split)
 
 
-def pixels_to_show(recipe: Recipe) -> tuple[Tensor, str]:
+def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
     """[N,3,S,S] pictures that reconstructions are judged on, and the split that they are from."""
     source, split = shown_source(recipe.data, recipe.show.split)
+    source = inspected(source, run, split)
     count = min(recipe.show.count, len(source))
     chosen = [i * len(source) // count for i in range(count)]
     return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split

@@ -28,15 +28,16 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from autoencoder.files import write_text
 from ldm import checkpoint, random
 from ldm.config import UserError, differences, plain, to_yaml
-from ldm.data import Source, Stream, to_tensor
+from ldm.contract import begun
+from ldm.data import Source
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, best_precision
+from ldm.sampling import Squares, Stream, cores, read, slices
 from ldm.signals import StopSignals
 
 IMMATERIAL = (
@@ -110,8 +111,7 @@ class Run:
 
     def _refuse_another_recipe(self) -> None:
         saved = self.out / "config.yaml"
-        begun = any((self.out / "checkpoints").glob("step-*")) or (self.out / "result.json").exists()
-        if not saved.exists() or not begun:
+        if not saved.exists() or not begun(self.out):
             return
         changed = [
             change
@@ -218,7 +218,6 @@ class Run:
             rank=rank,
             ranks=ranks,
         )
-        loader = DataLoader(dataset, batch_sampler=stream, num_workers=workers, collate_fn=as_is)
         bar = tqdm(
             total=total,
             initial=self.samples,
@@ -228,7 +227,7 @@ class Run:
             disable=not self.main,
         )
         with bar, self._signals:
-            for batch in loader:
+            for batch in read(dataset, stream, workers):
                 torch.manual_seed(self._dropout_seed(batch))
                 positions = {"position": batch.pop("position")}  # read on the CPU, by `normal` and `uniform`
                 yield positions | {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
@@ -343,12 +342,11 @@ class Run:
         """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
         mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
         with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
-            for first in range(0, len(mine), 32):
-                indices = mine[first : first + 32]
-                pixels = torch.stack([to_tensor(source.picture(i, size)) for i in indices]).to(self.device)
+            batches = [mine[part.start : part.stop] for part in slices(0, len(mine), 32)]
+            for pixels in read(Squares(source, size), batches, cores(len(source))):
                 with self.accelerator.autocast():
-                    yield pixels.contiguous(memory_format=torch.channels_last)
-                bar.update(len(indices))
+                    yield pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+                bar.update(len(pixels))
 
     def end(self, **result: float | str) -> None:
         """Write result.json, which marks the run as finished, and close the trackers."""
@@ -356,8 +354,3 @@ class Run:
             about = {"step": self.step, "seconds": round(self.seconds, 1)}
             write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()
-
-
-def as_is(batch: Any) -> Any:
-    """Data sets make whole batches: nothing is left to collate."""
-    return batch

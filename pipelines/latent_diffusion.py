@@ -21,11 +21,11 @@ from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
-from ldm.data import to_images
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
 from ldm.paths import Flow, Grid
 from ldm.paths import Path as NoisePath
+from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
 from ldm.unet import UNet

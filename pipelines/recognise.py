@@ -10,7 +10,8 @@ import torch
 from autoencoder.files import write_text
 from ldm.conditioning import ClassLabels
 from ldm.config import UserError
-from ldm.data import DataConfig, Source, open_source, to_tensor
+from ldm.data import DataConfig, Source, open_source
+from ldm.pictures import to_tensor
 from pipelines.classifier import train_recogniser
 from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.sheets import contact_sheet
