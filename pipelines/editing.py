@@ -14,8 +14,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ldm.checks import require_int
-from ldm.data import to_images, to_tensor
 from ldm.paths import Grid
+from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
 from pipelines.latent_diffusion import LatentDiffusion, noise_of
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.data import to_images, to_tensor
 from ldm.paths import EDM, VP, Flow, Path, vp_betas
+from ldm.pictures import to_images, to_tensor
 from ldm.random import normal
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.sheets import contact_sheet

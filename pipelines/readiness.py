@@ -22,7 +22,8 @@ from autoencoder.kl import AutoencoderKL
 from ldm import random
 from ldm.checks import require_int
 from ldm.config import UserError, plain
-from ldm.data import DataConfig, Source, open_source, shown_source, to_tensor
+from ldm.data import DataConfig, Source, open_source, shown_source
+from ldm.pictures import to_tensor
 from pipelines import latent_measures as measures
 from pipelines.latent_diffusion import best_device
 from pipelines.latent_measures import BATCH, Coder, Latents

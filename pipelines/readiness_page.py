@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from ldm.data import to_images
+from ldm.pictures import to_images
 from pipelines.latent_measures import FP16_MAX
 from pipelines.page import Page
 from pipelines.readiness import Findings, Pictures

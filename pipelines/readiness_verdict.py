@@ -175,8 +175,8 @@ def robustness(figures: dict[str, Any]) -> Check:
     return Check(
         "noise",
         "doubtful",
-        f"Noise of a tenth of a deviation on the latents leaves {db:.1f} dB of likeness: small mistakes of a latent model "
-        "will show; a larger KL weight makes decoding sturdier.",
+        f"Noise of a tenth of a deviation on the latents leaves {db:.1f} dB of likeness: small mistakes of a latent "
+        "model will show; a larger KL weight makes decoding sturdier.",
     )
 
 
