@@ -23,6 +23,7 @@ from ldm.checkpoint import writing
 from ldm.config import command, load
 from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
 from ldm.ema import EMA
+from ldm.faults import explain
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
@@ -68,7 +69,7 @@ class Recipe:
             )
 
 
-@command("train_vae.py")
+@command("train_vae.py", explain)
 def main(argv: Sequence[str]) -> None:
     recipe = load(Recipe, argv, prog="train_vae.py")
     run = Run(recipe.run, recipe)
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
     network = run.place(AutoencoderKL(replace(recipe.network, sample_size=recipe.data.size)))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    run.resume(autoencoder=autoencoder, ema=ema, optimizer=optimizer)
+    run.resume(ema["autoencoder"], autoencoder=autoencoder, ema=ema, optimizer=optimizer)
     run.say(
         f"autoencoder: {sum(p.numel() for p in network.parameters()):,} weights, factor {recipe.network.factor}"
     )
