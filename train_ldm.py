@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
-from ldm.checkpoint import writing
 from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
 from ldm.config import UserError, command, load
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
@@ -88,7 +88,7 @@ class Recipe:
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
 
 
-@command("train_ldm.py")
+@command("train_ldm.py", explain)
 def main(argv: Sequence[str]) -> None:
     recipe = load(Recipe, argv, prog="train_ldm.py")
     run = Run(recipe.run, recipe)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(contract=contract, **trained, ema=ema, optimizer=optimizer)
+    run.resume(model, publish=True, contract=contract, **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
@@ -130,7 +130,6 @@ def main(argv: Sequence[str]) -> None:
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
-            save_model(run, model)  # before the checkpoint, which says that this step is done
             run.save()
     run.say(f"the model is in {run.out}/model")
     run.end()
@@ -161,12 +160,6 @@ def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: Autoenc
     config = autoencoder.config
     z = batch["mean"] + batch["std"] * noise
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
-
-
-def save_model(run: Run, model: LatentDiffusion) -> None:
-    if run.main:
-        with writing(run.out / "model"):
-            model.save_pretrained(run.out / "model")
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:

@@ -24,6 +24,7 @@ from ldm.config import command, load
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source, shown_source
 from ldm.ema import EMA
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.pictures import to_images, to_tensor
@@ -72,7 +73,7 @@ class Recipe:
             )
 
 
-@command("train_vae.py")
+@command("train_vae.py", explain)
 def main(argv: Sequence[str]) -> None:
     recipe = load(Recipe, argv, prog="train_vae.py")
     run = Run(recipe.run, recipe)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     network = run.place(AutoencoderKL(replace(recipe.network, sample_size=recipe.data.size)))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    run.resume(contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer)
+    run.resume(ema["autoencoder"], contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer)
     run.say(
         f"autoencoder: {sum(p.numel() for p in network.parameters()):,} weights, factor {recipe.network.factor}"
     )
