@@ -84,7 +84,8 @@ class Run:
                 f"with run.accumulate {config.accumulate}; make it a multiple of {shares}."
             )
         self.batch = config.batch_size // shares
-        self.step, self.lost = 0, 0
+        self.step = 0
+        self.lost: dict[str, int] = {}
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._sums: dict[str, tuple[Tensor | float, int]] = {}
         self._remarks: dict[str, float] = {}
@@ -250,9 +251,14 @@ class Run:
         asked = torch.tensor([self._signals.received], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
-    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
-        """Backward, clip, step. A gradient that is not finite skips the step on all processes together."""
+    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
+        """Backward, clip, step. A gradient that is not finite skips the step on all processes together.
+
+        A network that learns beside another, such as a discriminator, is named by `beside`, updated first, and
+        noted under its name; the update without a name ends the step and counts it.
+        """
         self.accelerator.backward(loss)
+        prefix = f"{beside}_" if beside else ""
         if self.accelerator.sync_gradients:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_norm)
@@ -261,20 +267,21 @@ class Run:
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
+            self.lost[beside] = 0 if finite else self.lost.get(beside, 0) + 1
             if not finite:
-                self._lose_step(float(norm))
-            self.lost *= not finite
-            self.step += 1
-            self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+                self._lose_step(float(norm), beside)
+            self.step += not beside
+            rate = optimizer.param_groups[0]["lr"]
+            self.note(**{f"{prefix}gradient_norm": norm, f"{prefix}learning_rate": rate})
         optimizer.zero_grad(set_to_none=True)
-        self.note(loss=loss.detach())
+        self.note(**{f"{prefix}loss": loss.detach()})
 
-    def _lose_step(self, norm: float) -> None:
-        self.lost += 1
-        self.say(f"step {self.step}: the gradient's norm is {norm}; step skipped ({self.lost} in a row)")
-        if self.lost >= LOST_STEPS_IN_A_ROW:
+    def _lose_step(self, norm: float, beside: str) -> None:
+        whose, lost = f"the {beside}'s gradient" if beside else "the gradient", self.lost[beside]
+        self.say(f"step {self.step}: {whose} has the norm {norm}; step skipped ({lost} in a row)")
+        if lost >= LOST_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.lost} steps in a row had no finite gradient; the last checkpoint is good. "
+                f"{lost} steps in a row had no finite gradient; the last checkpoint is good. "
                 "Lower optimizer.lr, or set run.precision to no."
             )
 
