@@ -91,7 +91,9 @@ class ShapeConfig:
         stock = {f.name: f.default for f in fields(KINDS[kind]) if f.default is not MISSING}
         keys = {key: value for key, value in stock.items() if hasattr(self, key)}
         keys |= {"sample_size": size} | base | given
-        return replace(self, **keys)._checked(size)
+        shape = replace(self, **keys)._checked(size)
+        shape.config(kind)  # which refuses what no network can have
+        return shape
 
     def _checked(self, size: int) -> Self:
         assert self.block_out_channels is not None  # filled in by now; the type does not say so
@@ -101,7 +103,9 @@ class ShapeConfig:
                 f"network.factor is {self.factor}, but {len(self.block_out_channels)} block_out_channels make {factor}"
             )
         if self.sample_size != size:
-            raise ValueError(f"network.sample_size is {self.sample_size}, but data.size {size}: remove one")
+            raise ValueError(
+                f"network.sample_size is {self.sample_size}, but data.size {size}: remove the first"
+            )
         if size % factor:
             raise ValueError(f"data.size is {size}, which the autoencoder's factor {factor} does not divide")
         return replace(self, factor=factor)
