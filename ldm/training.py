@@ -83,7 +83,8 @@ class Run(RunLog):
             raise UserError("run.shard works with run.precision bf16 and no, not with fp16.")
         self.sharded = config.shard and accelerator.num_processes > 1
         self.batch = config.batch_size // shares
-        self.lost, self.skipped = 0, 0
+        self.lost: dict[str, int] = {}
+        self.skipped = 0
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._model: checkpoint.Model | None = None
         self._published: Path | None = None
@@ -272,10 +273,15 @@ class Run(RunLog):
         asked = torch.tensor([self._signals.received], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
-    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
-        """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together."""
+    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
+        """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together.
+
+        A network that learns beside another, such as a discriminator, is named by `beside`, updated first, and
+        noted under its name; the update without a name ends the step and counts it.
+        """
         # A loss of infinity can have a finite gradient; times NaN it has none, and none after the exchange.
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        prefix = f"{beside}_" if beside else ""
         if self.accelerator.sync_gradients:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_norm))
@@ -284,16 +290,18 @@ class Run(RunLog):
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
+            self.lost[beside] = 0 if finite else self.lost.get(beside, 0) + 1
             if not finite:
-                self._lose_step(float(norm))
-            self.lost *= not finite
-            self.step += 1
-            self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+                self._lose_step(float(norm), beside)
+            self.step += not beside
+            rate = optimizer.param_groups[0]["lr"]
+            self.note(**{f"{prefix}gradient_norm": norm, f"{prefix}learning_rate": rate})
         optimizer.zero_grad(set_to_none=True)
-        self.note(loss=loss.detach())
+        self.note(**{f"{prefix}loss": loss.detach()})
 
-    def _lose_step(self, norm: float) -> None:
-        self.lost, self.skipped = self.lost + 1, self.skipped + 1
+    def _lose_step(self, norm: float, beside: str) -> None:
+        whose, lost = f"the {beside}'s gradient" if beside else "the gradient", self.lost[beside]
+        self.skipped += 1
         first = self.step * self.config.batch_size
         batch = Stream(
             self._order,
@@ -308,12 +316,12 @@ class Run(RunLog):
             "skipped.jsonl", step=self.step, norm=str(norm), indices=[i for _, i in next(iter(batch))]
         )
         self.say(
-            f"step {self.step}: the gradient's norm is {norm}; step skipped ({self.lost} in a row, {self.skipped} "
-            "in all); skipped.jsonl has the indices of its samples"
+            f"step {self.step}: {whose} has the norm {norm}; step skipped ({lost} in a row, {self.skipped} in all); "
+            "skipped.jsonl has the indices of its samples"
         )
-        if self.lost >= LOST_STEPS_IN_A_ROW:
+        if lost >= LOST_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.lost} steps in a row had no finite gradient; the last checkpoint is good. "
+                f"{lost} steps in a row had no finite gradient; the last checkpoint is good. "
                 f"Look at the samples in {self.out}/skipped.jsonl, lower optimizer.lr, or set run.precision to "
                 f"no; {GO_ON}."
             )
