@@ -22,7 +22,12 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("prompts", metavar="PROMPT", nargs="*", help="a caption, or the name of a class")
     draw.add_argument("--prompts", dest="file", type=Path, metavar="FILE", help="more prompts, one a line")
     draw.add_argument(
-        "--class", dest="classes", action="append", default=[], metavar="NAME", help="the name of a class"
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the name of a class; for a model of both, of the captions'",
     )
     draw.add_argument("--negative", default="", metavar="TEXT", help="a caption to be guided away from")
     draw.add_argument("--n", type=int, default=1, help="pictures a prompt (default 1)")
@@ -85,18 +90,24 @@ def main(argv: Sequence[str]) -> None:
 
 def generate(options: argparse.Namespace) -> None:
     """Draw, and save each picture with what it was drawn from inside it."""
+    from ldm.conditioning import ClassAndText
     from pipelines.latent_diffusion import LatentDiffusion, best_device
     from pipelines.sheets import contact_sheet
 
-    prompts = [*options.prompts, *options.classes]
+    prompts, classes = list(options.prompts), []
     if options.file:
         prompts += [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
     options.out.mkdir(parents=True, exist_ok=True)
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
+    if isinstance(model.conditioner, ClassAndText):
+        classes = options.classes
+    else:
+        prompts += options.classes
     images = model(
         prompts or None,
+        classes=classes or None,
         steps=options.steps,
         sampler=options.sampler,
         guidance=options.guidance,
@@ -108,6 +119,7 @@ def generate(options: argparse.Namespace) -> None:
         progress=True,
     )
     told = [prompt for prompt in prompts for _ in range(options.n)]
+    kinds = [name for name in classes for _ in range(len(images) // len(classes))]
     for i, image in enumerate(images):
         note = PngInfo()
         settings = {
@@ -119,7 +131,7 @@ def generate(options: argparse.Namespace) -> None:
             "prompt": told[i] if told else "",
             "seed": options.seed + i,
             "model": Path(options.model).name,
-        }
+        } | ({"class": kinds[i]} if kinds else {})
         for key, value in (about | settings).items():
             note.add_text(key, str(value))
         image.save(options.out / f"{i:04d}.png", pnginfo=note)

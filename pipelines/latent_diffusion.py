@@ -14,12 +14,12 @@ from typing import Self
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
-from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
+from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, text_of
 from ldm.data import to_images
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
@@ -40,7 +40,7 @@ class LatentDiffusion:
 
     autoencoder: AutoencoderKL
     unet: UNet
-    conditioner: nn.Module
+    conditioner: Conditioner
     path: NoisePath
     prediction: Prediction
     sampler: str = "dpmpp_2m"
@@ -60,6 +60,7 @@ class LatentDiffusion:
         self,
         prompts: str | Sequence[str] | None = None,
         *,
+        classes: str | Sequence[str] | None = None,
         steps: int = 30,
         sampler: str | None = None,
         guidance: float = 4.0,
@@ -74,6 +75,7 @@ class LatentDiffusion:
 
         Args:
             prompts: captions, or names of classes; None for a model that is told nothing.
+            classes: for a model of both, the name of a class, or one for each caption.
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
             guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
@@ -91,9 +93,9 @@ class LatentDiffusion:
         for name, value in (("n", n), ("batch", batch)):
             require_int(name, value, 1, 2**31)
         require_int("seed", seed, 0, 2**62)
-        read = self.read(prompts, n)
+        read = self.read(prompts, n, classes)
         count = len(next(iter(read.values()))) if read else n
-        shape = self.latent_shape(size)
+        shape, factor = self.latent_shape(size), self.autoencoder.config.factor
         path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
         grid, start = sampling_grid(path, sampler, steps)
         images: list[Image.Image] = []
@@ -101,7 +103,10 @@ class LatentDiffusion:
             for first in range(0, count, batch):
                 last = min(count, first + batch)
                 cond = self.conditioner({k: v[first:last].to(self.device) for k, v in read.items()})
-                null = self.null(negative, last - first)
+                cond, null = (
+                    told.sized(shape[1] * factor, shape[2] * factor)
+                    for told in (cond, self.null(negative, last - first))
+                )
                 noise = noise_of(range(seed + first, seed + last), shape, self.device)
                 denoise = guided(self.denoiser(), cond, null, guidance)
                 z = SAMPLERS[sampler](denoise, noise(-1) * start, grid, noise=noise)
@@ -109,8 +114,12 @@ class LatentDiffusion:
                 bar.update(last - first)
         return images
 
-    def read(self, prompts: str | Sequence[str] | None, n: int) -> dict[str, Tensor]:
+    def read(
+        self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Prompts, each n times, as the conditioner's batch."""
+        if classes is not None and not isinstance(self.conditioner, ClassAndText):
+            raise ValueError("classes are given, but this model is not told both captions and classes")
         if isinstance(self.conditioner, Unconditional):
             if prompts is not None:
                 raise ValueError("prompts are given, but this model draws without; leave them out")
@@ -118,7 +127,18 @@ class LatentDiffusion:
         if prompts is None:
             raise ValueError(f"prompts is None, but this model needs {self.needs}")
         names = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.conditioner.read([name for name in names for _ in range(n)])  # type: ignore[operator]
+        repeated = [name for name in names for _ in range(n)]
+        if not isinstance(self.conditioner, ClassAndText):
+            return self.conditioner.read(repeated)
+        if classes is None:
+            raise ValueError("classes is None, but this model needs the name of a class with each caption")
+        given = [classes] if isinstance(classes, str) else list(classes)
+        given = given * len(names) if len(given) == 1 else given
+        if len(given) != len(names):
+            raise ValueError(
+                f"there are {len(given)} classes for {len(names)} prompts; give one, or one a prompt"
+            )
+        return self.conditioner.read(repeated, [name for name in given for _ in range(n)])
 
     @property
     def needs(self) -> str:
@@ -128,14 +148,14 @@ class LatentDiffusion:
     def null(self, negative: str, n: int) -> Cond:
         """The condition to be guided away from, for n samples."""
         if not negative:
-            return self.conditioner.null(n)  # type: ignore[operator]
-        if not isinstance(self.conditioner, Text):
+            return self.conditioner.null(n)
+        text = text_of(self.conditioner)
+        if text is None:
             raise ValueError(
                 f"negative is {negative!r}, but only a model of captions can be told what to avoid"
             )
-        return self.conditioner(
-            {k: v.to(self.device) for k, v in self.conditioner.read([negative] * n).items()}
-        )
+        avoid = text({k: v.to(self.device) for k, v in text.read([negative] * n).items()})
+        return self.conditioner.null(n)._replace(tokens=avoid.tokens, pooled=avoid.pooled)
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(C, h, w) for a picture of (width, height) pixels."""
