@@ -27,7 +27,7 @@ from ldm.data import DataConfig, Source, open_source, order
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
-from ldm.paths import Flow, PathConfig, make_path
+from ldm.paths import Flow, PathConfig, Spacing, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
@@ -77,6 +77,8 @@ class Recipe:
     weight: Weight = field(default_factory=Weight)
     sampler: str = "dpmpp_2m"
     """The sampler that the saved model names"""
+    spacing: Spacing | None = None
+    """Of its steps: trailing, leading, linspace, karras, exponential; by default the one usual for sampler and path"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones drawn with and kept"""
@@ -138,7 +140,7 @@ def averaged_model(
         side = recipe.data.size // autoencoder.config.factor
         path = path.at(side * side)
     prediction = make_prediction(recipe.prediction, path)
-    scheduler_config(path, prediction.name, recipe.sampler)  # type: ignore[arg-type]
+    scheduler_config(path, prediction.name, recipe.sampler, recipe.spacing)  # type: ignore[arg-type]
     return LatentDiffusion(
         autoencoder=autoencoder,
         unet=ema["unet"],
@@ -146,6 +148,7 @@ def averaged_model(
         path=path,
         prediction=prediction,
         sampler=recipe.sampler,
+        spacing=recipe.spacing,
     )
 
 

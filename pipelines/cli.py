@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument("--n", type=int, default=1, help="pictures a prompt (default 1)")
     draw.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     draw.add_argument("--sampler", help="by default the one the model names")
+    draw.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
     draw.add_argument("--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)")
     draw.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
@@ -110,6 +111,7 @@ def generate(options: argparse.Namespace) -> None:
         classes=classes or None,
         steps=options.steps,
         sampler=options.sampler,
+        spacing=options.spacing,
         guidance=options.guidance,
         negative=options.negative,
         n=options.n,

@@ -37,7 +37,7 @@ def save(model: LatentDiffusion, folder: Path) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    scheduler = scheduler_config(model.path, model.prediction.name, model.sampler)
+    scheduler = scheduler_config(model.path, model.prediction.name, model.sampler, model.spacing)
     parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
     with written_beside(folder) as fresh:
         model.unet.save_pretrained(fresh / "unet")
@@ -95,7 +95,7 @@ def load(model: str | Path) -> dict[str, Any]:
     made_for = index.get("_autoencoder_sha256")
     if made_for and made_for != weight_hash(autoencoder.state_dict()):
         raise UserError(f"The autoencoder in {folder}/vae is not the one that the U-Net was trained with.")
-    path, prediction, sampler = from_scheduler_config(
+    path, prediction, sampler, spacing = from_scheduler_config(
         json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     )
     return {
@@ -105,6 +105,7 @@ def load(model: str | Path) -> dict[str, Any]:
         "path": path,
         "prediction": make_prediction(prediction, path),
         "sampler": sampler,
+        "spacing": spacing,
     }
 
 

@@ -23,7 +23,7 @@ from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Uncon
 from ldm.data import to_images
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
-from ldm.paths import Flow
+from ldm.paths import Flow, Spacing
 from ldm.paths import Path as NoisePath
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Noise
@@ -35,7 +35,8 @@ from pipelines.schedulers import sampling_grid
 class LatentDiffusion:
     """Everything that drawing needs. All parts live on one device; weights are not changed.
 
-    `sampler` is the one that is used unless a call names another, and the one that a saved folder names.
+    `sampler` is the one that is used unless a call names another, and the one that a saved folder names, with the
+    `spacing` of its steps; without, the sampler's usual one.
     """
 
     autoencoder: AutoencoderKL
@@ -44,6 +45,7 @@ class LatentDiffusion:
     path: NoisePath
     prediction: Prediction
     sampler: str = "dpmpp_2m"
+    spacing: Spacing | None = None
 
     @property
     def device(self) -> torch.device:
@@ -63,6 +65,7 @@ class LatentDiffusion:
         classes: str | Sequence[str] | None = None,
         steps: int = 30,
         sampler: str | None = None,
+        spacing: Spacing | None = None,
         guidance: float = 4.0,
         negative: str = "",
         n: int = 1,
@@ -78,6 +81,7 @@ class LatentDiffusion:
             classes: for a model of both, the name of a class, or one for each caption.
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
+            spacing: of the steps, one of the path's; by default the model's, or that usual for another sampler.
             guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
             negative: caption to be guided away from; only for models of captions.
             seed: picture i is drawn from seed + i, whatever is drawn beside it.
@@ -87,6 +91,7 @@ class LatentDiffusion:
         Raises:
             ValueError: names an argument that is out of range, an unknown sampler or class.
         """
+        spacing = spacing or (self.spacing if sampler in (None, self.sampler) else None)
         sampler = sampler or self.sampler
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
@@ -97,7 +102,7 @@ class LatentDiffusion:
         count = len(next(iter(read.values()))) if read else n
         shape, factor = self.latent_shape(size), self.autoencoder.config.factor
         path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
-        grid, start = sampling_grid(path, sampler, steps)
+        grid, start = sampling_grid(path, sampler, steps, spacing)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
             for first in range(0, count, batch):
