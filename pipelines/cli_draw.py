@@ -24,6 +24,7 @@ def add_draw(verbs: Any) -> None:
     draw.add_argument("model", metavar="MODEL", help=MODEL)
     prompt_options(draw)
     sampling_options(draw)
+    draw.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
     tile = "decode pictures larger than N pixels in tiles of N, for less memory"
@@ -70,7 +71,12 @@ def prompt_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("prompts", metavar="PROMPT", nargs="*", help="a caption, or the name of a class")
     reader.add_argument("--prompts", dest="file", type=Path, metavar="FILE", help="more prompts, one a line")
     reader.add_argument(
-        "--class", dest="classes", action="append", default=[], metavar="NAME", help="the name of a class"
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="the name of a class; for a model of both, of the captions'",
     )
     reader.add_argument("--negative", default="", metavar="TEXT", help="a caption to be guided away from")
     reader.add_argument("--n", type=int, default=1, help="pictures a prompt (default 1)")
@@ -100,8 +106,8 @@ def size(text: str) -> tuple[int, int]:
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
-    """All prompts, from wherever they were given."""
-    prompts = [*options.prompts, *options.classes]
+    """The prompts on the command line and in a file."""
+    prompts = list(options.prompts)
     if options.file:
         prompts += [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if options.n < 1:
@@ -133,18 +139,23 @@ def sampled(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def generate(options: argparse.Namespace) -> None:
-    prompts = prompts_of(options)
+    from ldm.conditioning import ClassAndText
+
+    prompts, classes = prompts_of(options), options.classes
     model = opened(options)
-    settings = sampled(options)
-    size, batch, tile = options.size, options.batch, options.tile
-    images = model(prompts or None, size=size, batch=batch, tile=tile, progress=True, **settings)
-    keep(images, options, model, prompts)
+    if not isinstance(model.conditioner, ClassAndText):  # a class is then a prompt like others
+        prompts, classes = prompts + classes, []
+    names = ("size", "batch", "tile", "spacing")
+    settings = sampled(options) | {name: getattr(options, name) for name in names}
+    images = model(prompts or None, classes=classes or None, progress=True, **settings)
+    each = [name for name in classes for _ in range(len(images) // len(classes))]
+    keep(images, options, model, prompts, each)
 
 
 def run_edit(options: argparse.Namespace) -> None:
     from pipelines.editing import image_to_image
 
-    prompts, picture = prompts_of(options), picture_of(options.picture)
+    prompts, picture = prompts_of(options) + options.classes, picture_of(options.picture)
     model = opened(options)
     images = image_to_image(model, picture, prompts or None, strength=options.strength, **sampled(options))
     keep(images, options, model, prompts, strength=options.strength, picture=options.picture.name)
@@ -153,7 +164,7 @@ def run_edit(options: argparse.Namespace) -> None:
 def run_inpaint(options: argparse.Namespace) -> None:
     from pipelines.editing import inpaint, outpaint
 
-    prompts, picture = prompts_of(options), picture_of(options.picture)
+    prompts, picture = prompts_of(options) + options.classes, picture_of(options.picture)
     settings = sampled(options) | {"soft": options.soft, "resample": options.resample}
     model = opened(options)
     if options.canvas:
@@ -193,6 +204,7 @@ def keep(
     options: argparse.Namespace,
     model: LatentDiffusion,
     prompts: Sequence[str],
+    classes: Sequence[str] = (),
     **more: object,
 ) -> None:
     """Save each picture with what it was drawn from inside it, and a sheet of all."""
@@ -210,7 +222,7 @@ def keep(
             "prompt": told[i] if told else "",
             "seed": options.seed + i,
             "model": Path(options.model).name,
-        }
+        } | ({"class": classes[i]} if classes else {})
         image.save(options.out / f"{i:04d}.png", pnginfo=noted(about | settings | more))
     contact_sheet(images, told or None).save(options.out / "sheet.png")
     print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")

@@ -52,7 +52,7 @@ def image_to_image(
     sample, grid, _ = model.sampler_for(sampler, steps, z.shape[1:])
     grid = grid.from_strength(strength)
     x = grid.alpha[0] * z + grid.sigma[0] * noise(-1)
-    denoise = model.guided(read, count, guidance, negative)
+    denoise = model.guided(read, count, z.shape[1:], guidance, negative)
     return to_images(model.decode(sample(denoise, x, grid, noise=noise)))
 
 
@@ -100,7 +100,7 @@ def inpaint(
         known = grid.alpha[i + 1] * z + grid.sigma[i + 1] * fresh
         return torch.where(here, x, known)
 
-    denoise = model.guided(read, count, guidance, negative)
+    denoise = model.guided(read, count, z.shape[1:], guidance, negative)
     if resample == 1:
         x = sample(denoise, fresh * start, grid, noise=noise, adjust=keep)
     else:
@@ -189,7 +189,7 @@ def invert(
     read, _ = reading(model, prompt, 1)
     z = model.encode(to_pixels(model, picture))
     _, grid, _ = model.sampler_for("ddim", steps, z.shape[1:])
-    denoise = model.guided(read, 1, guidance)
+    denoise = model.guided(read, 1, z.shape[1:], guidance)
     for i in reversed(range(len(grid))):
         z = undone(denoise, z, grid, i, iterations)
     return z
@@ -214,7 +214,7 @@ def from_noise(
         prompts = [prompts] * len(x)
     read, _ = reading(model, prompts, 1)
     sample, grid, _ = model.sampler_for("ddim", steps, x.shape[1:])
-    return to_images(model.decode(sample(model.guided(read, len(x), guidance), x, grid)))
+    return to_images(model.decode(sample(model.guided(read, len(x), x.shape[1:], guidance), x, grid)))
 
 
 def interpolate(

@@ -139,7 +139,7 @@ def test_outpainting_keeps_the_picture_in_the_middle(model: LatentDiffusion, pic
 def test_inversion_solves_each_step(model: LatentDiffusion, picture: Image.Image) -> None:
     """All but the last step, which nothing can undo: it leads to the model's x_0, whatever the noise was."""
     _, grid, _ = model.sampler_for("ddim", 10, (4, 8, 8))
-    denoise = model.guided(model.read(PROMPT, 1), 1, 1.0)
+    denoise = model.guided(model.read(PROMPT, 1), 1, (4, 8, 8), 1.0)
     z = model.encode(to_pixels(model, picture))
     errors = []
     for iterations in (1, 20):
