@@ -78,9 +78,9 @@ def _db(made: Tensor, wanted: Tensor) -> float:
 def channel_statistics(latents: Latents) -> dict[str, list[float]]:
     """For each channel, over all pictures and pixels.
 
-    `mean` and `std` are those of sampled latents, `mean_error` and `std_error` their standard errors, as the pictures
-    are a sample; `noise_share` is the part of their variance that is the posterior's
-    noise and says nothing, 0..1; `kurtosis` (0 for a Gaussian) and `largest` (in deviations) are of posterior means.
+    `mean` and `std` are those of sampled latents, `mean_error` and `std_error` their standard errors, as these pictures
+    are a sample; `noise_share` is the part of the variance that is the posterior's noise and says nothing, 0..1;
+    `kurtosis` (0 for a Gaussian) and `largest` (in deviations) are of posterior means.
     """
     m, v = latents.mean.double(), latents.std.double().square()
     mean, noise = m.mean(dim=(0, 2, 3)), v.mean(dim=(0, 2, 3))

@@ -28,7 +28,7 @@ from pipelines.latent_measures import BATCH, Latents
 
 LEVELS = tuple((2 * i + 1) / 16 for i in range(8))
 """Noise levels sigma at which the denoiser is judged: the middles of eight equal bins"""
-SHOWN = (0.3125, 0.5625, 0.8125)
+SHOWN = (0.3, 0.5, 0.8)
 """Noise levels whose estimates are decoded"""
 BATCH_SIZE = 16
 
@@ -99,7 +99,7 @@ def train_probe(latents: Latents, held: Latents, steps: int, device: torch.devic
     denoiser = Denoiser(unet, Flow(), FlowPrediction())
     rates = OptimizerConfig(lr=2e-3, warmup=20, decay="linear", decay_from=0.3)
     optimizer = make_optimizer(rates, [unet])
-    for step in tqdm(range(steps), desc="probe", unit="step", leave=False):
+    for step in tqdm(range(steps), desc="probe", unit="step", leave=False, disable=None):
         positions = torch.arange(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
         x0 = batch_of(latents, positions).to(device)
         u = stratify(random.uniform(0, "time", positions), positions, BATCH_SIZE)

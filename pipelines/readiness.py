@@ -140,7 +140,9 @@ def spread(rows: Sequence[int], count: int) -> list[int]:
 def encoded(coder: Coder, pictures: Pictures) -> Latents:
     """Latents of the training pictures."""
     parts = []
-    for first in tqdm(range(0, len(pictures.train), BATCH), desc="latents", unit="batch", leave=False):
+    for first in tqdm(
+        range(0, len(pictures.train), BATCH), desc="latents", unit="batch", leave=False, disable=None
+    ):
         rows = pictures.train[first : first + BATCH]
         pixels = [to_tensor(pictures.source.picture(i, pictures.data.size)) for i in rows]
         parts.append(coder.encode(torch.stack(pixels)))

@@ -215,7 +215,8 @@ def histograms(one: Findings) -> Figure:
     if len(one.latents.mean[0]) <= 8:
         values.legend(title="channel", frameon=False)
     shown = matrix.imshow(one.figures["correlation"], vmin=-1, vmax=1, cmap="RdBu")
-    matrix.set(xlabel="channel", ylabel="channel")
+    ticks = list(range(0, len(one.figures["correlation"]), 1 + len(one.figures["correlation"]) // 9))
+    matrix.set(xlabel="channel", ylabel="channel", xticks=ticks, yticks=ticks)
     figure.colorbar(shown, ax=matrix)
     return figure
 

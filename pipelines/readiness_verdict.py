@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -53,25 +54,20 @@ def overall(found: list[Check]) -> Kind:
 
 def contract(figures: dict[str, Any]) -> Check:
     channels = figures["channels"]
+    if not all(math.isfinite(x) for x in channels["mean"] + channels["std"]):
+        return Check("contract", "bad", "Latents are not finite: the autoencoder's training has failed.")
     mean, std = (
-        max(
-            max(0.0, abs(x - wanted) - 3 * error)
-            for x, error in zip(channels[of], channels[errors], strict=True)
-        )
+        max(abs(x - wanted) - 3 * error for x, error in zip(channels[of], channels[errors], strict=True))
         for of, wanted, errors in (("mean", 0.0, "mean_error"), ("std", 1.0, "std_error"))
     )
-    kind: Kind = "bad" if not (mean <= OFF_MEAN[1] and std <= OFF_STD[1]) else "doubtful"
     if mean <= OFF_MEAN[0] and std <= OFF_STD[0]:
-        return Check(
-            "contract",
-            "good",
-            "Every channel has mean 0 and standard deviation 1, within 0.05 and what chance allows.",
-        )
+        return Check("contract", "good", "Every channel has mean 0 and standard deviation 1, but for chance.")
+    kind: Kind = "doubtful" if mean <= OFF_MEAN[1] and std <= OFF_STD[1] else "bad"
     return Check(
         "contract",
         kind,
-        f"Channels are off mean 0 by up to {mean:.2f} and off standard deviation 1 by up to {std:.2f}: noise levels "
-        "mean something else in each; fold the statistics in, as stage 1 does at its end.",
+        f"Channels are off mean 0 by {max(0.0, mean):.2f} and off standard deviation 1 by {max(0.0, std):.2f}, beyond "
+        "chance: noise levels mean something else in each; fold the statistics in, as stage 1 does at its end.",
     )
 
 

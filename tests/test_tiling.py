@@ -1,6 +1,7 @@
 """Tiles add up to the whole: exactly where the network's reach allows it, and with a known error where it does not."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from autoencoder import tiling
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.layers import GroupNorm
+from pipelines import LatentDiffusion
+from pipelines.cli import main as ldm
 from tests.tiling_memory import measured
 
 
@@ -100,3 +103,27 @@ def test_memory_is_that_of_a_tile() -> None:
     """Peak memory over what the process had before, in a process of its own."""
     at_once, in_tiles = measured(768, None), measured(768, 192)
     assert in_tiles["mb"] < at_once["mb"] / 3
+
+
+def test_pictures_larger_than_a_tile_are_drawn_in_tiles(chain: Path, tmp_path: Path) -> None:
+    """Others are drawn as ever; by the command, an unfit tile is one sentence."""
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    asked = {"prompts": "a large red circle", "steps": 1, "size": (48, 32)}
+    whole, fits, tiled = model(**asked), model(**asked, tile=48), model(**asked, tile=16)
+    assert whole[0].tobytes() == fits[0].tobytes() != tiled[0].tobytes()
+    assert tiled[0].size == (48, 32)
+    arguments = [
+        "generate",
+        str(chain / "ldm"),
+        "x",
+        "--steps",
+        "1",
+        "--size",
+        "32x32",
+        "--out",
+        str(tmp_path),
+    ]
+    ldm([*arguments, "--tile", "16"])
+    assert (tmp_path / "0000.png").exists()
+    with pytest.raises(SystemExit):
+        ldm([*arguments, "--tile", "15"])
