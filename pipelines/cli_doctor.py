@@ -11,6 +11,7 @@ def add(verbs: Any) -> None:
     """The verb `doctor` and what it looks at, to the subparsers of `ldm`."""
     doctor = verbs.add_parser("doctor", help="look at data and latents before training on them")
     things = doctor.add_subparsers(dest="thing", required=True, metavar="THING")
+    add_data(things)
     add_latents(things)
 
 
@@ -50,4 +51,34 @@ def run_latents(options: argparse.Namespace) -> None:
 
     doctor_latents(
         options.autoencoders, options.data, options.size, options.out, options.pictures, options.probe_steps
+    )
+
+
+def add_data(things: Any) -> None:
+    reader = things.add_parser("data", help="is a set of pictures fit to be trained on?")
+    reader.add_argument("paths", metavar="PATH", nargs="+", help="as data.path: folders, or hub:NAME")
+    reader.add_argument("--split", help="look at this one alone (default: train, validation and test)")
+    reader.add_argument("--text", metavar="COLUMN", help="as data.text")
+    reader.add_argument("--label", metavar="COLUMN", help="as data.label")
+    reader.add_argument("--size", type=int, default=64, help="side in pixels to train at (default 64)")
+    reader.add_argument(
+        "--encoder", metavar="NAME", help="as conditioning.text.encoder; by default the small one"
+    )
+    reader.add_argument(
+        "--max-length", type=int, default=16, metavar="N", help="tokens a caption is cut to (default 16)"
+    )
+    reader.add_argument(
+        "--out", type=Path, default=Path("data.html"), metavar="FILE.html", help="default data.html"
+    )
+    reader.set_defaults(run=run_data)
+
+
+def run_data(options: argparse.Namespace) -> None:
+    from ldm.conditioning import TextConfig
+    from ldm.data import DataConfig
+    from pipelines.doctor_data import doctor_data
+
+    data = DataConfig(path=tuple(options.paths), size=options.size, text=options.text, label=options.label)
+    doctor_data(
+        data, options.split, TextConfig(encoder=options.encoder, max_length=options.max_length), options.out
     )

@@ -87,6 +87,10 @@ class Page:
         file.seek(0)
         self.picture(Image.open(file), caption)
 
+    def extend(self, page: Page) -> None:
+        """Add the parts of another page."""
+        self._parts += page._parts
+
     def save(self, file: Path) -> None:
         """Write the page, whole or not at all."""
         template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE)
