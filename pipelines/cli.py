@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import UserError, command
+from pipelines import publish
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
     )
     name.set_defaults(run=run_recognise)
+
+    publish.add_verb(verbs)
 
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
