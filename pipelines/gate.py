@@ -73,7 +73,7 @@ def drawn_by_stock(
     out = scratch / f"stock-{variant or 'full'}"
     out.mkdir()
     seeds = [request.seed + i for i in range(request.count)]
-    asked = {
+    asked: dict[str, Any] = {
         "folder": str(folder),
         "kind": kind,
         "variant": variant,

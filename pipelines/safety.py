@@ -62,6 +62,7 @@ class ClipSafetyChecker:
             folder = _downloaded(str(source))
         try:
             config = CLIPConfig.from_pretrained(folder)
+            assert isinstance(config.vision_config, CLIPVisionConfig)
             vision = CLIPVisionConfig(
                 **config.vision_config.to_dict() | {"projection_dim": config.projection_dim}
             )

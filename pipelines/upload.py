@@ -7,6 +7,7 @@ answer, the commit is retried, errors are sentences, and nothing is believed tha
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import tempfile
 import threading
@@ -67,7 +68,7 @@ class HubSession:
             huggingface_hub.set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=None))
 
     def _client(self) -> Any:
-        hooks = {"request": [self._before], "response": [self._after]}
+        hooks: dict[str, list[Callable[..., Any]]] = {"request": [self._before], "response": [self._after]}
         return httpx.Client(event_hooks=hooks, follow_redirects=True, timeout=ANSWER)
 
     def _before(self, request: Any) -> None:
@@ -104,9 +105,17 @@ class HubSession:
             self._thread.unanswered, self._thread.trouble = False, None
             try:
                 return function()
-            except (OSError, ValueError, RuntimeError, httpx.HTTPError, EntryNotFoundError) as problem:
+            except (
+                OSError,
+                ValueError,
+                RuntimeError,
+                LookupError,
+                httpx.HTTPError,
+                EntryNotFoundError,
+            ) as problem:
                 status = status_of(problem)
-                passing = status in PASSING or (status is None and not isinstance(problem, ValueError))
+                final = isinstance(problem, ValueError | LookupError)  # the client's: an answer it can't use
+                passing = status in PASSING or (status is None and not final)
                 failed = failed or time.monotonic()
                 if not passing or time.monotonic() + pause - failed > PATIENCE:
                     raise UserError(self._sentence(what, status, problem)) from None
@@ -167,7 +176,7 @@ def upload(folder: Path, files: Mapping[str, Mapping[str, Any]], hub: HubSession
             )
         stale = [path for path in published_before(hub) if path not in files]
         commit = hub.call("Uploading", lambda: commit_files(folder, files, stale, hub))
-        compare(files | {MANIFEST: entry(folder / MANIFEST)}, commit.oid, hub)
+        compare({**files, MANIFEST: entry(folder / MANIFEST)}, commit.oid, hub)
     return str(commit.commit_url)
 
 
@@ -208,10 +217,8 @@ def compare(files: Mapping[str, Mapping[str, Any]], revision: str, hub: HubSessi
     for path, about in files.items():
         for last in (False, True):
             with tempfile.TemporaryDirectory() as scratch:
-                found = hub.call(
-                    f"Reading {path} back", lambda path=path, to=scratch: download(hub, path, revision, to)
-                )
-                same = entry(found) == about
+                read = functools.partial(download, hub, path, revision, scratch)
+                same = entry(hub.call(f"Reading {path} back", read)) == about
             if same:
                 break
             if last:

@@ -116,8 +116,6 @@ class Hub:
 
     def create(self, name: str, private: bool) -> None:
         with self.lock:
-            if name in self.repos:
-                raise Refusal(409, message="You already created this model repo")
             tree = {".gitattributes": self.store(b"*.safetensors filter=lfs\n")}
             first = hashlib.sha1(name.encode()).hexdigest()
             self.repos[name] = {"private": private, "main": first, "commits": {first: tree}}
@@ -243,8 +241,11 @@ class Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or self.user}/{asked['name']}"
         if name.split("/")[0] != self.user:
             raise Refusal(403, message="You don't have the rights to create a model under this namespace")
+        address = {"url": f"{self.hub.endpoint}/{name}", "name": name}
+        if name in self.hub.repos:
+            return self.reply(409, {"error": "You already created this model repo"} | address)
         self.hub.create(name, asked.get("visibility") == "private" or bool(asked.get("private")))
-        self.reply(200, {"url": f"{self.hub.endpoint}/{name}", "name": name})
+        return self.reply(200, address)
 
     def do_info(self, parts: list[str], body: bytes) -> None:
         name = "/".join(parts[2:4])
