@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ldm.config import command
-from pipelines import cli_doctor as doctor
+from pipelines import cli_doctor, publish
 from pipelines.cli_draw import MODEL, add_draw
 from pipelines.cli_plot import add_plot
 
@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     name.set_defaults(run=run_recognise)
 
-    doctor.add(verbs)
+    cli_doctor.add_doctor(verbs)
+    publish.add_publish(verbs)
+    add_plot(verbs)
 
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
@@ -45,7 +47,6 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=run_demo)
 
-    add_plot(verbs)
     return main
 
 

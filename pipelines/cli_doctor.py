@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def add(verbs: Any) -> None:
+def add_doctor(verbs: Any) -> None:
     """The verb `doctor` and what it looks at, to the subparsers of `ldm`."""
     doctor = verbs.add_parser("doctor", help="look at data and latents before training on them")
     things = doctor.add_subparsers(dest="thing", required=True, metavar="THING")
