@@ -16,7 +16,8 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.presets import ShapeConfig
 from autoencoder.vq import CodebookConfig, CodeUse, VQConfig, VQModel, codebook_usage
 from ldm.config import load, to_yaml
-from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
+from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.pictures import to_tensor
 from tests.support import TOY, newest_weights, ran
 
 GAN = (
