@@ -18,16 +18,8 @@ def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable]
     if processes > 1:
-        launch += [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        # `accelerate launch --cpu --num_processes 2` starts a single process, and doesn't say so.
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.Popen(
         [*launch, *command],
         cwd=cwd,
@@ -40,10 +32,11 @@ def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object
 
 
 def ran(*command: str, processes: int = 1, code: int = 0, cwd: Path = ROOT) -> str:
-    """What the script printed; it must have ended with `code`."""
+    """What the script printed; it must have ended with `code`, and a training have been on so many processes."""
     process = started(*command, processes=processes, cwd=cwd)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err[-3000:]
+    assert " process(es) on " not in err or f"{processes} process(es) on " in err
     return out + err
 
 
@@ -55,7 +48,7 @@ def newest_weights(run: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint, by part and name."""
     folder = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {
-        f"{f.stem}/{key}": value
-        for f in sorted(folder.glob("*.safetensors"))
+        f"{f.relative_to(folder).with_suffix('')}/{key}": value
+        for f in sorted(folder.rglob("*.safetensors"))
         for key, value in load_file(f).items()
     }
