@@ -248,7 +248,9 @@ class Run(RunLog):
             self._writer.wait()
 
     def _show_progress(self, bar: tqdm) -> None:
-        if time.time() - bar.last_print_t >= bar.mininterval:  # asking for the loss waits for the device
+        if (
+            self.main and time.time() - bar.last_print_t >= bar.mininterval
+        ):  # asking for the loss waits for the device
             losses = self._notes.get("loss")
             loss = {"loss": f"{float(losses[-1]):.4f}"} if losses else {}
             bar.set_postfix({"step": f"{self.step}/{self.config.steps}"} | loss, refresh=False)
