@@ -244,7 +244,7 @@ def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks
 def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
     """[N,3,S,S] pictures that reconstructions are judged on, and the split that they are from."""
     source, split = shown_source(recipe.data, recipe.show.split)
-    source = inspected(source, run, split)
+    source = inspected(source, run, "" if split == recipe.data.split else split)
     count = min(recipe.show.count, len(source))
     chosen = [i * len(source) // count for i in range(count)]
     return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split

@@ -23,6 +23,7 @@ from ldm.config import UserError
 from ldm.formats import Found, find
 from ldm.pictures import Stored, content, decoded, fitted
 from ldm.scenes import Scenes
+from ldm.streaming import small_copy
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 LABEL_COLUMNS = ("label", "class", "category")
@@ -43,8 +44,8 @@ class DataConfig:
     """What to train on."""
 
     path: tuple[str, ...] | str = "scenes"
-    """scenes (drawn), a folder of pictures or shards, hub:NAME of a data set on the hub, or a list of these,
-    [one, two], which are used together"""
+    """scenes (drawn), a folder of pictures or shards, hub:NAME or hub:NAME@REVISION of a data set on the hub, or a list
+    of these, [one, two], which are used together"""
     split: str = "train"
     """Which part of the data is trained on"""
     size: int = 64
@@ -65,6 +66,10 @@ class DataConfig:
     """Larger pictures are not decoded, and count as bad"""
     bad_share: float = 0.01
     """Share of pictures that may be bad (skipped, and named in bad_pictures.jsonl); with more, nothing is trained"""
+    streaming: bool = False
+    """For sets larger than the disk (hub:NAME, parquet): read them once as a stream, and keep the pictures at `size`"""
+    limit: int | None = None
+    """With streaming: use the first so many pictures alone"""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
     def __post_init__(self) -> None:
@@ -76,6 +81,12 @@ class DataConfig:
             raise ValueError(
                 f"data.path is {self.where or 'an empty list'}, but must be scenes alone, or one or more of the others"
             )
+        if (self.limit is not None and not self.streaming) or (self.limit or 1) < 1:
+            raise ValueError(
+                f"data.limit is {self.limit}, but must be at least 1, and is for data.streaming alone"
+            )
+        if self.streaming and self.path == "scenes":
+            raise ValueError("data.streaming is set, but data.path is scenes: remove one of the two")
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"data.bad_share is {self.bad_share}, but must lie in [0, 1)")
         if not 0 < self.max_megapixels <= 178:
@@ -256,7 +267,7 @@ def open_source(config: DataConfig, split: str | None = None) -> Source:
     split = split or config.split
     if config.path == "scenes":
         return SceneSource(config, split)
-    parts = [_source(path, find(path, split), config) for path in config.paths]
+    parts = [_source(path, _found(path, split, config), config) for path in config.paths]
     return parts[0] if len(parts) == 1 else _joined(parts, config)
 
 
@@ -270,6 +281,12 @@ def shown_source(config: DataConfig, split: str | None) -> tuple[Source, str]:
             if split:
                 raise
     return open_source(config), config.split
+
+
+def _found(path: str, split: str, config: DataConfig) -> Found:
+    if not config.streaming:
+        return find(path, split)
+    return small_copy(path, split, config.size, config.background, config.max_megapixels, config.limit)
 
 
 def _source(path: str, found: Found, config: DataConfig) -> Source:

@@ -24,8 +24,12 @@ IMMATERIAL = (
     "show",
     "workers",
     "autoencoder",
+    "data.path",
+    "data.bad_share",
+    "data.max_megapixels",
 )
-"""Settings that may change between two starts of one run without changing what it learns."""
+"""Settings that may change between two starts of one run without changing what it learns: the contract holds the
+autoencoder and the pictures, wherever they lie."""
 
 
 def open_folder(out: Path, recipe: Any) -> list[str]:
