@@ -9,6 +9,7 @@ as a stock diffusers folder.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -28,7 +29,7 @@ from ldm.ema import EMA
 from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
-from ldm.paths import Flow, PathConfig, Spacing, make_path
+from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.sampling import order
 from ldm.training import Run, RunConfig
@@ -62,6 +63,10 @@ class ShowConfig:
             raise ValueError(
                 f"show.every is {self.every} and show.count {self.count}, but both must be at least 1"
             )
+        if self.steps < 1:
+            raise ValueError(f"show.steps is {self.steps}, but must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"show.guidance is {self.guidance}, but must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +83,8 @@ class Recipe:
     prediction: PredictionName = "flow"
     """What the network puts out"""
     weight: Weight = field(default_factory=Weight)
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their distribution: the loss varies less from step to step"""
     sampler: str = "dpmpp_2m"
     """The sampler that the saved model names"""
     spacing: Spacing | None = None
@@ -123,7 +130,7 @@ def main(argv: Sequence[str]) -> None:
         with run.accelerator.accumulate(network, told):
             z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
-            t = model.path.times(run.uniform("time", batch)).float().to(run.device)
+            t = model.path.times(levels(run, batch, recipe.stratified)).float().to(run.device)
             cond = told(batch).sized(recipe.data.size, recipe.data.size)
             loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, latents.shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
@@ -166,6 +173,12 @@ def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: Autoenc
     config = autoencoder.config
     z = batch["mean"] + batch["std"] * noise
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def levels(run: Run, batch: dict[str, Tensor], stratified: bool) -> Tensor:
+    """[B] Uniform in (0, 1), what noise levels are drawn from; stratified over the global batch, or independent."""
+    u = run.uniform("time", batch)
+    return stratify(u, batch["position"], run.config.batch_size) if stratified else u
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:

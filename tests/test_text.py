@@ -25,7 +25,7 @@ from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from tests.encoders import CAPTIONS, PROJECTED, WIDTH, publish
-from tests.support import TOY, newest_weights
+from tests.support import ROOT, TOY, newest_weights
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
 
@@ -372,6 +372,13 @@ def test_sizes_are_told_as_stock_pipelines_tell_them(published: dict[str, Path])
     assert torch.equal(cond.time_ids, told.repeat(2, 1))
     plain = conditioner(config(published, "clip")).null(2)
     assert plain.sized(24, 16) is plain
+
+
+def test_the_shipped_shapes_are_a_pair() -> None:
+    shapes = [str(ROOT / "configs" / "encoders" / f"{name}.json") for name in ("clip", "clip-projection")]
+    text = conditioner(TextConfig(encoder=shapes[0], encoder_2=shapes[1], weights="random"))
+    cond = text.null(1)
+    assert cond.tokens.shape == (1, 16, 128 + 192) and cond.pooled.shape == (1, 192)
 
 
 @pytest.mark.parametrize(
