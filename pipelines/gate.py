@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.data import Source, to_tensor
+from ldm.data import Source
+from ldm.pictures import to_tensor
 from pipelines.latent_diffusion import LatentDiffusion
 
 TOLERANCE = 2  # of 255, between our picture and that of stock diffusers

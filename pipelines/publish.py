@@ -355,7 +355,7 @@ def parts_of(model: LatentDiffusion) -> list[tuple[str, str, str]]:
     return [(k, names[k], f"{sum(p.numel() for p in part.parameters()):,}") for k, part in parts.items()]
 
 
-def add_verb(verbs: Any) -> None:
+def add_publish(verbs: Any) -> None:
     """`ldm publish`, for the command line."""
     verb = verbs.add_parser("publish", help="prove that stock tools draw with a run's model, and upload it")
     verb.add_argument("model", type=Path, metavar="RUN", help="the folder of a finished run")

@@ -18,7 +18,8 @@ import train_vae
 from autoencoder.kl import AutoencoderKL
 from ldm.checkpoint import damage
 from ldm.conditioning import Cond
-from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
+from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.pictures import to_tensor
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from tests.support import ROOT, TOY, losses, newest_weights, ran, started
