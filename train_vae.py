@@ -60,6 +60,7 @@ class ShowConfig:
             )
 
 
+LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 NETWORKS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 GAN_OPTIMIZER = OptimizerConfig(name="adamw", lr=3e-4, betas=(0.5, 0.99), weight_decay=0.0)
 
@@ -139,13 +140,14 @@ def main(argv: Sequence[str]) -> None:
         with run.accelerator.accumulate(*trained):
             pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
             made, latent = autoencoder(pixels, *posterior_noise(run, recipe, batch))
-            if adversary and adversary.learns(run.step):
-                loss, figures = adversary.discriminator_loss(pixels, made, run.step)
-                run.update(loss, adversary.optimizer, recipe.gan_optimizer, "discriminator")
-                run.note(**figures)
-            loss, terms = objective(pixels, made, latent, run.step)
+            step = run.step
+            loss, terms = objective(pixels, made, latent, step)
             run.update(loss, optimizer, recipe.optimizer)
             run.note(**terms)
+            if adversary and adversary.learns(step):
+                loss, figures = adversary.discriminator_loss(pixels, made, step)
+                run.update(loss, adversary.optimizer, recipe.gan_optimizer, "discriminator")
+                run.note(**figures)
             if codes:
                 codes.count(latent.indices)
         if run.accelerator.sync_gradients:
@@ -155,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
         if run.due(recipe.show.every):
             show(run, {"EMA": ema["autoencoder"], "raw": network}, originals, lpips, adversary)
         if run.due(recipe.run.log_every):
-            if adversary and (warning := adversary.verdict()):
+            if adversary and (warning := adversary.verdict(run.step)):
                 run.say(warning)
             run.log()
         if run.due(recipe.run.save_every):
@@ -178,9 +180,9 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def starting_folder(name: str) -> Path:
-    """A stock folder, here or on the hub; of a run folder, its model."""
-    model = Path(name).expanduser() / "model"
-    return find_folder(model if model.is_dir() else name)
+    """A stock folder, here or on the hub; of a run folder its model, of a pipeline its vae."""
+    inner = [Path(name).expanduser() / part for part in ("model", "vae")]
+    return find_folder(next((folder for folder in inner if folder.is_dir()), name))
 
 
 def new_autoencoder(run: Run, recipe: Recipe) -> Any:
@@ -190,10 +192,9 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
         network = NETWORKS[recipe.kind](config)
     else:
         network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
-        run.say(
-            f"going on from {recipe.start}; its scaling_factor, {network.config.scaling_factor}, is replaced by 1 "
-            + ("and the statistics folded in at the end" if recipe.kind == "kl" else "")
-        )
+        applied = {k: getattr(network.config, k, None) for k in LATENT_KEYS}
+        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value is not None)
+        run.say(f"going on from {recipe.start}; what it said of its latents no longer applies: {told}")
         network.config = config
     weights = sum(p.numel() for p in network.parameters())
     run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")
@@ -215,7 +216,10 @@ def new_adversary(run: Run, recipe: Recipe) -> Adversary:
     return Adversary(gan, wrapped, optimizer, network, lambda x: run.accelerator.reduce(x, "mean"))
 
 
-def new_code_use(run: Run, recipe: Recipe) -> CodeUse:
+def new_code_use(run: Run, recipe: Recipe) -> CodeUse | None:
+    """Counts of codes, if unused ones are to be revived."""
+    if not recipe.loss.codebook.revive_every:
+        return None
     assert recipe.network.num_vq_embeddings is not None  # filled in
     return CodeUse(recipe.network.num_vq_embeddings, run.device, lambda x: run.accelerator.reduce(x, "sum"))
 
@@ -232,7 +236,7 @@ def posterior_noise(run: Run, recipe: Recipe, batch: dict[str, Tensor]) -> tuple
 def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks: Sequence[VQModel]) -> None:
     """Every so often, note how much of the codebook is in use, and start unused codes again."""
     every = recipe.loss.codebook.revive_every
-    if not every or run.step % every or run.step == recipe.run.steps:
+    if run.step % every or run.step == recipe.run.steps:
         return
     usage = codebook_usage(codes.counts)
     latents = run.accelerator.gather(latent.unquantized)

@@ -278,8 +278,8 @@ class Run(RunLog):
     def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
         """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together.
 
-        A network that learns beside another, such as a discriminator, is named by `beside`, updated first, and
-        noted under its name; the update without a name ends the step and counts it.
+        A network that learns beside another, such as a discriminator, is updated after it, named by `beside`, and
+        noted under its name; the update without a name counts the step.
         """
         # A loss of infinity can have a finite gradient; times NaN it has none, and none after the exchange.
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
@@ -288,7 +288,7 @@ class Run(RunLog):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_norm))
             for group in optimizer.param_groups:
-                group["lr"] = rates.rate(self.step, self.config.steps)
+                group["lr"] = rates.rate(self.step - bool(beside), self.config.steps)
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
