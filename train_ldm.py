@@ -1,6 +1,7 @@
 """Stage 2: train a U-Net that diffuses in the latents of an autoencoder, told by captions, classes or nothing.
 
     python train_ldm.py --config configs/scenes/ldm.yaml [--autoencoder DIR_OR_HUB] [--data.path FOLDER] [...]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. OUT/model is the newest model, averaged weights,
 as a stock diffusers folder.
@@ -22,9 +23,10 @@ from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
 from ldm.checkpoint import writing
 from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
-from ldm.config import UserError, command, load
+from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.data import DataConfig, Source, open_source, order
 from ldm.denoiser import Denoiser
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
@@ -83,8 +85,16 @@ class Recipe:
 
 @command("train_ldm.py")
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = load(Recipe, argv, prog="train_ldm.py")
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -92,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     autoencoder = run.place(open_autoencoder(recipe.autoencoder))
     conditioner = run.place(make_conditioner(recipe.conditioning, source.texts, source.classes))
     report_cut_captions(run, conditioner, source)
-    latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
+    latents = build(run.out / "cache", run.part_of(source), recipe.data, autoencoder, conditioner, run)
 
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
@@ -104,6 +114,11 @@ def main(argv: Sequence[str]) -> None:
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
     run.resume(contract=Contract(autoencoder, conditioner), **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
+
+    if run.fresh:  # what would fail at hour nine fails now
+        show(run, model, recipe.show, prompts)
+        save_model(run, model)
+        run.save()
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
         with run.accelerator.accumulate(network, told):

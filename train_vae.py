@@ -1,6 +1,7 @@
 """Stage 1: train an autoencoder that turns pictures into latents and back.
 
     python train_vae.py --config configs/scenes/vae.yaml [--data.path FOLDER] [--run.out DIR] [--run.steps N]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. The result lies in OUT/model, a stock
 `AutoencoderKL` folder whose latents have mean 0 and standard deviation 1 per channel.
@@ -20,8 +21,9 @@ from autoencoder.latents import LatentStatistics, fold
 from autoencoder.losses import LossConfig, reconstruction
 from autoencoder.metrics import psnr
 from ldm.checkpoint import writing
-from ldm.config import command, load
+from ldm.config import DRY_RUN, command, load, without
 from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.training import Run, RunConfig
@@ -70,8 +72,16 @@ class Recipe:
 
 @command("train_vae.py")
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = load(Recipe, argv, prog="train_vae.py")
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -86,6 +96,10 @@ def main(argv: Sequence[str]) -> None:
     run.say(
         f"autoencoder: {sum(p.numel() for p in network.parameters()):,} weights, factor {recipe.network.factor}"
     )
+
+    if run.fresh:  # what would fail at hour nine fails now
+        show(run, ema["autoencoder"], originals)
+        run.save()
 
     side = recipe.data.size // recipe.network.factor
     latents = (recipe.network.latent_channels, side, side)

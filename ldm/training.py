@@ -194,10 +194,19 @@ class Run:
         """Time spent on this run, from the start of the process, and by earlier starts up to their last checkpoint."""
         return self._earlier + time.time() - self._began
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been trained yet: the time to try what would else fail for the first time hours later."""
+        return self.step == 0
+
     def due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens now."""
         finished = self.accelerator.sync_gradients
         return finished and (self.step % every == 0 or self.step == self.config.steps)
+
+    def part_of(self, source: Source) -> Source:
+        """What is cached of a source before training: all; of a dry run a part."""
+        return source
 
     def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
         """This process's batches from where the run stands to its end, with a progress bar.
@@ -308,8 +317,9 @@ class Run:
             self._sums[name] = (total + value, count + 1)
 
     def remark(self, **values: float) -> None:
-        """Values for the next `log` that the first process alone knows."""
-        self._remarks |= values
+        """Values for the next `log` that the first process alone knows; nothing is logged of a fresh run."""
+        if not self.fresh:
+            self._remarks |= values
 
     def _latest(self) -> dict[str, str]:
         total, count = self._sums.get("loss", self._logged_loss)
