@@ -31,6 +31,7 @@ from ldm.ema import EMA
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
+from ldm.profiles import Profiles
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
@@ -80,7 +81,13 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones drawn with and kept"""
+    ema_every: int = 0
+    """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
+
+    def __post_init__(self) -> None:
+        if self.ema_every < 0:
+            raise ValueError(f"ema_every is {self.ema_every}, but must be at least 0")
 
 
 @command("train_ldm.py")
@@ -107,12 +114,14 @@ def train(recipe: Recipe, run: Run) -> None:
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
+    profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner)
     prompts = prompts_to_show(model, recipe.show, source)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(contract=Contract(autoencoder, conditioner), **trained, ema=ema, optimizer=optimizer)
+    averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
+    run.resume(contract=Contract(autoencoder, conditioner), **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
@@ -130,6 +139,10 @@ def train(recipe: Recipe, run: Run) -> None:
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
             ema.update(run.step, **trained)
+            if profiles:
+                profiles.update(run.step, **trained)
+        if profiles and run.due(recipe.ema_every) and run.main:
+            profiles.save(run.out / "ema", run.step)
         if run.due(recipe.show.every):
             show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):
