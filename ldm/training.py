@@ -32,11 +32,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from autoencoder.files import write_text
+from autoencoder.layers import enable_checkpointing
 from ldm import checkpoint, random
 from ldm.config import UserError, differences, plain, to_yaml
 from ldm.data import Source, Stream, to_tensor
 from ldm.optim import OptimizerConfig
-from ldm.run_config import RunConfig, best_precision
+from ldm.run_config import RunConfig, chosen_precision
 from ldm.signals import StopSignals
 
 IMMATERIAL = (
@@ -45,6 +46,8 @@ IMMATERIAL = (
     "run.log_every",
     "run.keep",
     "run.tracker",
+    "run.gradient_checkpointing",
+    "run.compile",
     "show",
     "workers",
     "autoencoder",
@@ -67,7 +70,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, recipe: Any) -> None:
-        precision = best_precision() if config.precision == "auto" else config.precision
+        precision = chosen_precision(config.precision)
         tracker = None if config.tracker == "none" else config.tracker
         self.config, self.recipe, self.out = config, recipe, Path(config.out)
         self.accelerator = Accelerator(
@@ -132,11 +135,16 @@ class Run:
     # --- weights -----------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
-        """Modules and optimizers, wrapped by Accelerate for this process."""
+        """Modules and optimizers, wrapped by Accelerate for this process; modules compiled if the recipe says so."""
+        for module in objects:
+            if isinstance(module, nn.Module) and self.config.compile != "no":
+                module.compile(backend=self.config.compile)  # in place: weights keep their names
         return self.accelerator.prepare(*objects)
 
     def place(self, module: Module) -> Module:
         """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(module)
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unwrap(self, module: nn.Module) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -53,6 +54,18 @@ def parser() -> argparse.ArgumentParser:
     )
     name.set_defaults(run=run_recognise)
 
+    add_ema(verbs)
+    demo = verbs.add_parser(
+        "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/scenes"), metavar="DIR", help="default runs/scenes"
+    )
+    demo.set_defaults(run=run_demo)
+    return main
+
+
+def add_ema(verbs: Any) -> None:
     average = verbs.add_parser(
         "ema", help="the model of a run with its weights averaged over a length chosen now"
     )
@@ -63,15 +76,6 @@ def parser() -> argparse.ArgumentParser:
     average.add_argument("--step", type=int, help="where the average ends, by default at the last snapshot")
     average.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the stock model")
     average.set_defaults(run=run_ema)
-
-    demo = verbs.add_parser(
-        "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("runs/scenes"), metavar="DIR", help="default runs/scenes"
-    )
-    demo.set_defaults(run=run_demo)
-    return main
 
 
 def size(text: str) -> tuple[int, int]:
