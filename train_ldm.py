@@ -28,7 +28,7 @@ from ldm.data import DataConfig, Source, open_source, order
 from ldm.denoiser import Denoiser
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.profiles import Profiles
@@ -138,9 +138,10 @@ def train(recipe: Recipe, run: Run) -> None:
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
-            ema.update(run.step, **trained)
-            if profiles:
-                profiles.update(run.step, **trained)
+            with as_judged(optimizer):
+                ema.update(run.step, **trained)
+                if profiles:
+                    profiles.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
         if run.due(recipe.show.every):

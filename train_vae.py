@@ -25,7 +25,7 @@ from ldm.config import DRY_RUN, command, load, without
 from ldm.data import DataConfig, Pixels, Source, open_source, order, shown_source, to_images, to_tensor
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
 
@@ -113,7 +113,8 @@ def train(recipe: Recipe, run: Run) -> None:
             run.update(distance + recipe.loss.kl * kl, optimizer, recipe.optimizer)
             run.note(reconstruction=distance.detach(), kl=kl.detach())
         if run.accelerator.sync_gradients:
-            ema.update(run.step, autoencoder=network)
+            with as_judged(optimizer):
+                ema.update(run.step, autoencoder=network)
         if run.due(recipe.show.every):
             show(run, ema["autoencoder"], originals)
         if run.due(recipe.run.log_every):
