@@ -26,6 +26,7 @@ from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.findings import Findings, Part, folder_bytes, gigabytes
 from ldm.memory import Memory, Saved, foreseen, size
+from ldm.trackers import chosen_tracker
 from ldm.training import Module, Run
 
 FEW = (2, 4)
@@ -103,6 +104,7 @@ class DryRun(Run):
             None  # what is done each so many steps: when, and bytes then
         )
         self._looped = 0.0
+        chosen_tracker(recipe.run.tracker)
         tracker = recipe.run.tracker if recipe.run.tracker == "tensorboard" else "none"
         steps = len(FEW) + PROBE_STEPS + 2
         super().__init__(replace(recipe.run, out=scratch, steps=steps, tracker=tracker), recipe)

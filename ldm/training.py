@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from autoencoder.files import write_text
 from autoencoder.layers import enable_checkpointing
-from ldm import checkpoint, random
+from ldm import checkpoint, random, trackers
 from ldm.config import UserError, differences, plain, to_yaml
 from ldm.data import Source, Stream, to_tensor
 from ldm.optim import OptimizerConfig
@@ -71,7 +71,7 @@ class Run:
 
     def __init__(self, config: RunConfig, recipe: Any) -> None:
         precision = chosen_precision(config.precision)
-        tracker = None if config.tracker == "none" else config.tracker
+        tracker = trackers.chosen_tracker(config.tracker)
         self.config, self.recipe, self.out = config, recipe, Path(config.out)
         self.accelerator = Accelerator(
             mixed_precision=precision,
@@ -109,7 +109,7 @@ class Run:
             self._refuse_another_recipe()
             write_text(self.out / "config.yaml", to_yaml(self.recipe))
         if tracker:
-            self.accelerator.init_trackers(tracker)
+            trackers.start(self.accelerator, tracker, self.recipe, self.out)
 
     def _refuse_another_recipe(self) -> None:
         saved = self.out / "config.yaml"
@@ -315,8 +315,8 @@ class Run:
         with checkpoint.writing(file):
             sheet.save(file)
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
+            if not trackers.log_picture(tracker, name, sheet, self.step) and self.fresh:
+                self.say(f"{tracker.name} takes no pictures from Accelerate; they are in {folder}")
 
     def note(self, **values: Tensor | float) -> None:
         """Add to the running means that `log` writes; called by all processes alike."""
