@@ -1,6 +1,7 @@
 """Stage 2: train a U-Net that diffuses in the latents of an autoencoder, told by captions, classes or nothing.
 
     python train_ldm.py --config configs/scenes/ldm.yaml [--autoencoder DIR_OR_HUB] [--data.path FOLDER] [...]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. OUT/model is the newest model, averaged weights,
 as a stock diffusers folder.
@@ -21,16 +22,18 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
 from ldm.conditioning import ConditioningConfig, labels_of, make_conditioner, text_of
-from ldm.config import UserError, command, load
+from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.faults import explain
 from ldm.inspection import inspected
-from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
 from ldm.prediction import PredictionName, Weight, make_prediction
+from ldm.profiles import Profiles
 from ldm.sampling import order
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
@@ -92,17 +95,29 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones drawn with and kept"""
+    ema_every: int = 0
+    """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
 
     def __post_init__(self) -> None:
         if self.data.crop == "random":
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
+        if self.ema_every < 0:
+            raise ValueError(f"ema_every is {self.ema_every}, but must be at least 0")
 
 
 @command("train_ldm.py", explain)
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = load(Recipe, argv, prog="train_ldm.py")
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -113,18 +128,24 @@ def main(argv: Sequence[str]) -> None:
     report_cut_captions(run, conditioner, source)
     contract = contract_of(source, autoencoder, conditioner)
     contract.keep(run)
-    latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
+    latents = build(run.out / "cache", run.part_of(source), recipe.data, autoencoder, conditioner, run)
 
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
+    profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner)
     prompts = prompts_to_show(model, recipe.show, source)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(model, publish=True, contract=contract, **trained, ema=ema, optimizer=optimizer)
+    averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
+    run.resume(model, publish=True, contract=contract, **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
+
+    if run.fresh:  # what would fail at hour nine fails now
+        show(run, model, recipe.show, prompts)
+        run.save()
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
         with run.accelerator.accumulate(network, told):
@@ -136,7 +157,12 @@ def main(argv: Sequence[str]) -> None:
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
-            ema.update(run.step, **trained)
+            with as_judged(optimizer):
+                ema.update(run.step, **trained)
+                if profiles:
+                    profiles.update(run.step, **trained)
+        if profiles and run.due(recipe.ema_every) and run.main:
+            profiles.save(run.out / "ema", run.step)
         if run.due(recipe.show.every):
             show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):

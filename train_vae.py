@@ -1,6 +1,7 @@
 """Stage 1: train an autoencoder that turns pictures into latents and back.
 
     python train_vae.py --config configs/scenes/vae.yaml [--data.path FOLDER] [--run.out DIR] [--run.steps N]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. The result lies in OUT/model: a stock
 `AutoencoderKL` folder whose latents have mean 0 and standard deviation 1 per channel, or a stock `VQModel` folder.
@@ -29,13 +30,14 @@ from autoencoder.store import find_folder, load_config
 from autoencoder.vq import CodeUse, Quantized, VQModel, codebook_usage, count_codes
 from ldm import random
 from ldm.checkpoint import writing
-from ldm.config import UserError, command, load
+from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source, shown_source
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.faults import explain
 from ldm.inspection import inspected
-from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
 from ldm.sampling import Pixels, order
 from ldm.training import Run, RunConfig
@@ -111,8 +113,16 @@ class Recipe:
 
 @command("train_vae.py", explain)
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = settled(load(Recipe, argv, prog="train_vae.py"))
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -134,6 +144,11 @@ def main(argv: Sequence[str]) -> None:
     averaged = ema["autoencoder"]
     run.resume(averaged, contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer, **parts)
 
+    networks = {"EMA": averaged, "raw": network}
+    if run.fresh:  # what would fail at hour nine fails now
+        show(run, networks, originals, lpips, adversary)
+        run.save()
+
     trained = [autoencoder, adversary.wrapped] if adversary else [autoencoder]
     pictures = Pixels(source, recipe.data, recipe.run.seed)
     for batch in run.batches(pictures, order(source, recipe.data.balance), recipe.workers):
@@ -151,18 +166,19 @@ def main(argv: Sequence[str]) -> None:
             if codes:
                 codes.count(latent.indices)
         if run.accelerator.sync_gradients:
-            ema.update(run.step, autoencoder=network)
+            with as_judged(optimizer):
+                ema.update(run.step, autoencoder=network)
             if codes:
-                revive(run, recipe, codes, latent, [network, ema["autoencoder"]])
+                revive(run, recipe, codes, latent, [network, averaged])
         if run.due(recipe.show.every):
-            show(run, {"EMA": ema["autoencoder"], "raw": network}, originals, lpips, adversary)
+            show(run, networks, originals, lpips, adversary)
         if run.due(recipe.run.log_every):
             if adversary and (warning := adversary.verdict(run.step)):
                 run.say(warning)
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    made = finish(run, ema["autoencoder"], source, recipe, originals)
+    made = finish(run, averaged, source, recipe, originals)
     quality = {name: round(value, 4) for name, value in likeness(made, originals, lpips).items()}
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     run.say(f"{told} on {len(originals)} pictures of split {split}; the model is in {run.out}/model")

@@ -27,10 +27,14 @@ class EMA:
     def __getitem__(self, name: str) -> Any:
         return self.modules[name]
 
+    def weight(self, step: int) -> float:
+        """What the weights after optimizer step `step` (from 1) count in the average that has just seen them."""
+        return 1 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
     def update(self, step: int, **modules: nn.Module) -> None:
         """Move towards the weights of `modules` after optimizer step `step` (from 1)."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = self.weight(step)
         for name, module in modules.items():
             averaged = self.modules[name]
             if parameters := [p.data for p in averaged.parameters()]:

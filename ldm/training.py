@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.files import write_text
-from ldm import checkpoint, random
+from autoencoder.layers import enable_checkpointing
+from ldm import checkpoint, random, trackers
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog
 from ldm.optim import OptimizerConfig
-from ldm.run_config import RunConfig, best_precision
+from ldm.run_config import RunConfig, chosen_precision
 from ldm.run_folder import is_finished, open_folder
 from ldm.run_log import RunLog
 from ldm.sampling import Squares, Stream, cores, read, slices
@@ -58,8 +59,8 @@ class Run(RunLog):
     """
 
     def __init__(self, config: RunConfig, recipe: Any) -> None:
-        precision = best_precision() if config.precision == "auto" else config.precision
-        tracker = None if config.tracker == "none" else config.tracker
+        precision = chosen_precision(config.precision)
+        tracker = trackers.chosen_tracker(config.tracker)
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
@@ -94,15 +95,21 @@ class Run(RunLog):
         self._signals = StopSignals(self.say)
         self._watchdog, self._writer = Watchdog(config.timeout), checkpoint.Writer()
         set_seed(config.seed)
-        self._changed = open_folder(self.out, recipe) if self.main else []
+        self._changed = self._open_folder()
         if tracker:
-            accelerator.init_trackers(tracker)
+            trackers.start(accelerator, tracker, recipe, self.out)
         self.say(f"precision {precision}, {accelerator.num_processes} process(es) on {self.device}")
+
+    def _open_folder(self) -> list[str]:
+        return open_folder(self.out, self.recipe) if self.main else []
 
     # --- weights -----------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
-        """Modules and optimizers, wrapped by Accelerate for this process, and shared out if `run.shard` says so."""
+        """Modules and optimizers, wrapped by Accelerate, compiled and shared out as the recipe says."""
+        for module in objects:
+            if isinstance(module, nn.Module) and self.config.compile != "no":
+                module.compile(backend=self.config.compile)  # in place: weights keep their names
         if not self.sharded:
             return self.accelerator.prepare(*objects)
         modules = [o for o in objects if isinstance(o, nn.Module)]
@@ -117,6 +124,8 @@ class Run(RunLog):
 
     def place(self, module: Module) -> Module:
         """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(module)
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unwrap(self, module: nn.Module) -> Any:
@@ -199,10 +208,19 @@ class Run(RunLog):
         """Time spent on this run, from the start of the process, and by earlier starts up to their last checkpoint."""
         return self._earlier + time.time() - self._began
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been trained yet: the time to try what would else fail for the first time hours later."""
+        return self.step == 0
+
     def due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens now."""
         finished = self.accelerator.sync_gradients
         return finished and (self.step % every == 0 or self.step == self.config.steps)
+
+    def part_of(self, source: Source) -> Source:
+        """What is cached of a source before training: all; of a dry run a part."""
+        return source
 
     def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
         """This process's batches from where the run stands to its end, with a progress bar.
