@@ -117,6 +117,7 @@ def main(argv: Sequence[str]) -> None:
         if run.accelerator.sync_gradients:
             ema.update(run.step, **trained)
         if run.due(recipe.show.every):
+            ema.gather()
             show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):
             run.log()

@@ -102,11 +102,13 @@ def main(argv: Sequence[str]) -> None:
         if run.accelerator.sync_gradients:
             ema.update(run.step, autoencoder=network)
         if run.due(recipe.show.every):
+            ema.gather()
             show(run, ema["autoencoder"], originals)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
+    ema.gather()
     made = finish(run, ema["autoencoder"], source, recipe, originals)
     quality = psnr(made, originals).mean().item()
     run.say(

@@ -1,0 +1,62 @@
+"""Weights in parts, one a process, learn, save and resume what whole ones do: FSDP over gloo, on the CPU."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ldm.training import Run
+from tests.forked import SCRIPTS, ended, forked, ranked
+from tests.support import TOY, losses, newest_weights
+
+
+def main(chain: Path, out: Path, stage: str, *arguments: str) -> None:
+    """The toy training of the `chain` fixture."""
+    frozen = ["--autoencoder", str(chain / "vae")] if stage == "ldm" else []
+    SCRIPTS[stage].main(["--config", str(TOY / f"{stage}.yaml"), "--run.out", str(out), *frozen, *arguments])
+
+
+def stopped_after(step: int) -> None:
+    original = Run.update
+
+    def update(run: Run, *rest: object) -> None:
+        original(run, *rest)
+        if run.step == step and run.main:
+            signal.raise_signal(signal.SIGTERM)
+
+    Run.update = update  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("stage", ["vae", "ldm"])
+def test_shared_out_whole_and_shared_out_again(chain: Path, tmp_path: Path, stage: str) -> None:
+    out = tmp_path / stage
+
+    def part(step: int, *arguments: str) -> None:
+        stopped_after(step)
+        main(chain, out, stage, *arguments)
+
+    def shared(rank: int, step: int) -> None:
+        part(step, "--run.shard", "true")
+
+    first = ranked(lambda rank: shared(rank, 2), tmp_path / "first.x")
+    assert [ended(child) for child in first] == [143, 143], (tmp_path / "first.0.log").read_text()
+    assert ended(forked(lambda: part(4), tmp_path / "second.log")) == 143, (
+        tmp_path / "second.log"
+    ).read_text()
+    third = ranked(lambda rank: shared(rank, 99), tmp_path / "third.x")
+    assert [ended(child) for child in third] == [0, 0], (tmp_path / "third.0.log").read_text()
+
+    assert losses(out) == pytest.approx(losses(chain / stage), rel=1e-4)
+    mine, theirs = newest_weights(out), newest_weights(chain / stage)
+    assert {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+    for key, value in mine.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-2, atol=1e-3, msg=key)
+    for file in (chain / stage / "model").rglob("*.safetensors"):
+        exported, expected = (
+            load_file(out / "model" / file.relative_to(chain / stage / "model")),
+            load_file(file),
+        )
+        for key, value in expected.items():
+            torch.testing.assert_close(exported[key], value, rtol=1e-2, atol=1e-3, msg=key)
