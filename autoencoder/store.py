@@ -7,22 +7,32 @@ a pipeline, `owner/model/vae`. Only safetensors files are read: a pickle can run
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from autoencoder.files import flush
+from autoencoder.untrusted import (
+    HEADER_BYTES,
+    bounded,
+    inside,
+    read_header,
+    read_json,
+    require_finite,
+    require_memory,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+SHARD = re.compile(r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors")
 FILES = (CONFIG, WEIGHTS, INDEX, "diffusion_pytorch_model-*-of-*.safetensors")
 
 # Attention weights in files written before diffusers 0.15, among them Stable Diffusion 1.5's autoencoder.
@@ -63,29 +73,21 @@ def find_folder(source: str | Path) -> Path:
     return Path(snapshot, inner)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}.")
-    return content
-
-
 def _tuples(value: Any) -> Any:
     """JSON has lists where the dataclasses have tuples."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _check_weights(folder: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _check_weights(
+    folder: Path, weights: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]
+) -> None:
     problems = {
         "missing": [name for name in wanted if name not in weights],
         "unexpected": [name for name in weights if name not in wanted],
         "of the wrong shape": [
-            f"{name} {[*weights[name].shape]} instead of {[*tensor.shape]}"
+            f"{name} {[*weights[name]]} instead of {[*tensor.shape]}"
             for name, tensor in wanted.items()
-            if name in weights and weights[name].shape != tensor.shape
+            if name in weights and weights[name] != tensor.shape
         ],
     }
     for problem, names in problems.items():
@@ -111,7 +113,7 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}: give a folder that holds a saved {class_name}.")
-    content = _read_json(path)
+    content = read_json(path)
     found = content.get("_class_name", class_name)
     if found != class_name:
         raise ValueError(f"{path} describes {found}, but {class_name} is wanted.")
@@ -119,7 +121,7 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     try:
         config = kind(**{key: value for key, value in keys.items() if key in names})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(f"{path}: {error}") from error
     fixed = config.fixed()
     bad = [
@@ -132,26 +134,39 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     return config
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a stock folder, one or shards.
+
+    Raises FileNotFoundError if one is missing, ValueError if the index of the shards is not sound.
+    """
+    names = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        shards = read_json(folder / INDEX, HEADER_BYTES).get("weight_map")
+        if not isinstance(shards, dict) or not all(SHARD.fullmatch(str(name)) for name in shards.values()):
+            raise ValueError(f"{folder / INDEX} names files that are no shards of {WEIGHTS}.")
+        names = sorted(set(shards.values()))
+    for name in names:
+        if not inside(folder, name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}; other weight formats are not read.")
+    return [folder / name for name in names]
+
+
+def _today(name: str) -> str:
+    """Today's name of a tensor."""
+    return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
+
+
 def load_weights(folder: Path) -> dict[str, Tensor]:
     """Read all tensors of a stock folder, in one file or in shards, old names replaced by today's.
 
-    Raises FileNotFoundError if a file is missing, ValueError if one is damaged.
+    Raises FileNotFoundError if a file is missing, ValueError if one is damaged or has values that are not finite.
     """
-    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
-        files = [WEIGHTS]
-    else:
-        files = sorted(set(_read_json(folder / INDEX)["weight_map"].values()))
     weights: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            weights.update(load_file(folder / file))
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} has no {file}; other weight formats are not read.") from error
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file} is not a sound safetensors file ({error}).") from error
-    return {
-        ".".join(OLD_NAMES.get(part, part) for part in name.split(".")): weights[name] for name in weights
-    }
+    for file in weight_files(folder):
+        read_header(file)
+        weights.update(load_file(file))
+    require_finite(weights, folder)
+    return {_today(name): tensor for name, tensor in weights.items()}
 
 
 def load_folder(source: str | Path, kind: type[C], class_name: str, build: Callable[[C], M]) -> M:
@@ -165,14 +180,17 @@ def load_folder(source: str | Path, kind: type[C], class_name: str, build: Calla
 
     Raises:
         FileNotFoundError: folder or file missing.
-        ValueError: unsupported config, or tensors missing, unexpected or of another shape, each by name.
+        ValueError: unsupported config, tensors missing, unexpected, of another shape or not finite, each by name,
+            or more of them than there is memory for.
     """
     folder = find_folder(source)
     config = load_config(folder, kind, class_name)
-    with torch.device("meta"):
+    shapes = {_today(n): shape for file in weight_files(folder) for n, shape in read_header(file).items()}
+    with bounded(len(shapes), f"{folder / CONFIG}"):
         network = build(config)
+    _check_weights(folder, shapes, dict(network.named_parameters()) | dict(network.named_buffers()))
+    require_memory(sum(map(math.prod, shapes.values())), f"{folder}")
     weights = load_weights(folder)
-    _check_weights(folder, weights, dict(network.named_parameters()) | dict(network.named_buffers()))
     network.to_empty(device="cpu").load_state_dict(weights)
     return network.eval()
 

@@ -3,13 +3,19 @@
 Kept are the posterior's mean and standard deviation, not a sample, for each way round that a picture may be seen;
 sampling, choosing the way round and dropping captions happen at run time. A folder's name is a hash of everything
 its content depends on (autoencoder weights, pictures, size; text encoder and captions), so it can't be stale: a
-change makes another folder. Shards are renamed into place when whole, so an interrupted build goes on.
+change makes another folder. Shards are renamed into place when whole, so an interrupted build goes on; their sums
+are compared at every start, and what has been damaged since is made again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +24,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import flush
+from autoencoder.files import flush, write_text
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm import random
-from ldm.checkpoint import writing
-from ldm.conditioning import Text
-from ldm.data import DataConfig, Source, to_tensor
+from ldm.checkpoint import digest, writing
+from ldm.conditioning import Text, labels_of, text_of
+from ldm.config import UserError
+from ldm.data import DataConfig, Source
+from ldm.sampling import Squares, cores, read, slices
 
-VERSION = 1
+VERSION = 2
 SHARD = 1024
 """Pictures, or captions, a file"""
 BATCH = 32
 """Pictures, or captions, encoded together"""
+
+Compute = Callable[[Sequence[tuple[int, int]]], Iterator[dict[str, Tensor]]]
+"""From the first and last numbers of shards to the tensors of each"""
 
 
 class LatentCache:
@@ -46,7 +57,7 @@ class LatentCache:
         self.ways = latents[0]["mean"].shape[1]
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """{"position", "index": [B], "mean", "std": [B,C,h,w], and "ids", "attend" or "tokens", or "label"}."""
+        """{"position", "index": [B], "mean", "std": [B,C,h,w], and what the conditioner reads or has read}."""
         positions, indices = (torch.tensor(column) for column in zip(*items, strict=True))
         way = (random.uniform(self.seed, "flip", positions) < 0.5).long() if self.ways == 2 else 0 * positions
         batch = {"position": positions, "index": indices}
@@ -82,6 +93,7 @@ def build(
     parts = [
         VERSION,
         weight_hash(autoencoder.state_dict()),
+        autoencoder.config,
         source.fingerprint,
         data.size,
         data.flip,
@@ -94,17 +106,23 @@ def build(
         "latents",
         _encode(source, data, autoencoder, run),
     )
-    if not isinstance(conditioner, Text) or source.texts is None:
+    text = text_of(conditioner)
+    if text is None or source.texts is None:
         cache = LatentCache(latents, [], run.config.seed)
         cache.labels = source.labels
         return cache
     captions = sorted(set(source.texts))
-    weights = weight_hash(conditioner.encoder.state_dict()) if conditioner.frozen else "joint"
-    key = _key(VERSION, weights, conditioner.vocabulary_hash(), *captions)
+    weights = weight_hash(text.state_dict()) if text.frozen else "joint"
+    key = _key(VERSION, weights, text.vocabulary_hash(), *captions)
     conditions = _shards(
-        folder / f"text-{key}", len(captions), run, "captions", _read(captions, conditioner, run)
+        folder / f"text-{key}",
+        len(captions),
+        run,
+        "captions",
+        partial(starmap, _read(captions, text, run)),
     )
     cache = LatentCache(latents, conditions, run.config.seed)
+    cache.labels = source.labels if labels_of(conditioner) else None
     row = {caption: i for i, caption in enumerate(captions)}
     cache.which = torch.tensor([row[text] for text in source.texts])
     return cache
@@ -114,48 +132,93 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _shards(
-    folder: Path, count: int, run: Any, what: str, compute: Callable[[int, int], dict[str, Tensor]]
-) -> list[dict[str, Tensor]]:
-    """Shards of `compute(first, last)`, each made by one process and memory-mapped by all."""
+def _shards(folder: Path, count: int, run: Any, what: str, compute: Compute) -> list[dict[str, Tensor]]:
+    """Shards of `compute`, each made by one process and memory-mapped by all.
+
+    A shard counts only with its sum beside it, which is written last and compared at every start.
+    """
     paths = [folder / f"{i:05d}.safetensors" for i in range(-(-count // SHARD))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    if run.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob("*.writing"):
+            leftover.unlink()
     run.accelerator.wait_for_everyone()
-    mine = missing[run.accelerator.process_index :: run.accelerator.num_processes]
+    for path in paths[rank::ranks]:
+        _drop_damaged(path)
+    run.accelerator.wait_for_everyone()
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    run.accelerator.wait_for_everyone()  # nobody writes while others still look
+    mine = missing[rank::ranks]
+    spans = [(i * SHARD, min(count, (i + 1) * SHARD)) for i in mine]
     with tqdm(total=len(missing) * SHARD, unit="img", desc=what, disable=not (run.main and missing)) as bar:
-        for i in mine:
-            tensors = compute(i * SHARD, min(count, (i + 1) * SHARD))
-            fresh = paths[i].with_suffix(".writing")
-            with writing(paths[i]):
-                save_file(tensors, fresh)
-                flush(fresh)
-                fresh.replace(paths[i])
-            bar.update(SHARD * run.accelerator.num_processes)
+        for done, (i, tensors) in enumerate(zip(mine, compute(spans), strict=True)):
+            if not done:
+                _require_room(folder, sum(t.nbytes for t in tensors.values()) * len(missing))
+            _write(paths[i], tensors)
+            bar.update(SHARD * ranks)
     run.accelerator.wait_for_everyone()
     return [load_file(path) for path in paths]
 
 
-def _slices(first: int, last: int) -> Iterator[range]:
-    for start in range(first, last, BATCH):
-        yield range(start, min(last, start + BATCH))
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    fresh = path.with_suffix(".writing")
+    with writing(path):
+        try:
+            save_file(tensors, fresh)
+            flush(fresh)
+            total = digest(fresh)
+            fresh.replace(path)
+            write_text(path.with_suffix(".json"), json.dumps({"sha256": total}))
+        finally:
+            fresh.unlink(missing_ok=True)
 
 
-def _encode(
-    source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: Any
-) -> Callable[..., dict[str, Tensor]]:
+def _drop_damaged(path: Path) -> None:
+    """Remove a shard that is not what was written, to be made again."""
+    if not path.exists():
+        return
+    sums = path.with_suffix(".json")
+    if not sums.exists():  # the process that wrote it was killed between the two
+        path.unlink()
+        return
+    try:
+        sound = json.loads(sums.read_text())["sha256"] == digest(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        warnings.warn(f"{path} has changed since it was written; it is made again.", stacklevel=2)
+        path.unlink()
+        sums.unlink()
+
+
+def _require_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise UserError(
+            f"{folder} will need {size:,} bytes more, but {free:,} are free there; "
+            "make room, or choose a run.out on another disk."
+        )
+
+
+def _encode(source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: Any) -> Compute:
     @torch.no_grad()
-    def compute(first: int, last: int) -> dict[str, Tensor]:
-        means, stds = [], []
-        for indices in _slices(first, last):
-            pixels = torch.stack([to_tensor(source.picture(i, data.size)) for i in indices]).to(run.device)
-            ways = [pixels, pixels.flip(-1)] if data.flip else [pixels]
-            posteriors = [
-                autoencoder.encode(way.contiguous(memory_format=torch.channels_last)) for way in ways
-            ]
-            means.append(torch.stack([p.mean for p in posteriors], dim=1).cpu())
-            stds.append(torch.stack([p.std for p in posteriors], dim=1).cpu())
-        return {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+    def compute(spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Tensor]]:
+        batches = [[*slices(*span, BATCH)] for span in spans]
+        pictures = read(
+            Squares(source, data.size), [b for shard in batches for b in shard], cores(len(source))
+        )
+        for shard in batches:
+            means, stds = [], []
+            for pixels in islice(pictures, len(shard)):
+                pixels = pixels.to(run.device)
+                ways = [pixels, pixels.flip(-1)] if data.flip else [pixels]
+                posteriors = [
+                    autoencoder.encode(way.contiguous(memory_format=torch.channels_last)) for way in ways
+                ]
+                means.append(torch.stack([p.mean for p in posteriors], dim=1).cpu())
+                stds.append(torch.stack([p.std for p in posteriors], dim=1).cpu())
+            yield {"mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
 
     return compute
 
@@ -166,9 +229,9 @@ def _read(captions: list[str], conditioner: Text, run: Any) -> Callable[..., dic
         if not conditioner.frozen:
             return conditioner.read(captions[first:last])
         states = []
-        for indices in _slices(first, last):
+        for indices in slices(first, last, BATCH):
             read = conditioner.read([captions[i] for i in indices])
-            states.append(conditioner.encode(read["ids"].to(run.device), read["attend"].to(run.device)).cpu())
-        return {"tokens": torch.cat(states).contiguous()}
+            states.append(conditioner.encode({name: value.to(run.device) for name, value in read.items()}))
+        return {name: torch.cat([part[name].cpu() for part in states]).contiguous() for name in states[0]}
 
     return compute

@@ -257,13 +257,19 @@ def digest(path: Path) -> str:
 
 
 def split(state: Any, copied: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple[dict[str, Tensor], Any]:
-    """A nested state as tensors by path, and the same nest with each tensor replaced by {"tensor": its path}."""
+    """A nested state as tensors by path, and the same nest with each tensor replaced by {"tensor": its path}.
+
+    A tensor that stands in several places, such as a tied weight, is kept once.
+    """
     tensors: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = copied(value)
-            return {"tensor": path}
+            same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
+            if same not in first:
+                first[same], tensors[path] = path, copied(value)
+            return {"tensor": first[same]}
         if isinstance(value, Mapping):
             # JSON keys are strings, while optimizers number their parameters.
             return {"items": [[key, walk(item, f"{path}.{key}")] for key, item in value.items()]}

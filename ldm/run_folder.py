@@ -10,6 +10,7 @@ import yaml
 
 from autoencoder.files import mend
 from ldm.config import UserError, differences, plain
+from ldm.contract import begun
 
 IMMATERIAL = (
     "run.out",
@@ -23,8 +24,12 @@ IMMATERIAL = (
     "show",
     "workers",
     "autoencoder",
+    "data.path",
+    "data.bad_share",
+    "data.max_megapixels",
 )
-"""Settings that may change between two starts of one run without changing what it learns."""
+"""Settings that may change between two starts of one run without changing what it learns: the contract holds the
+autoencoder and the pictures, wherever they lie."""
 
 
 def open_folder(out: Path, recipe: Any) -> list[str]:
@@ -40,8 +45,7 @@ def open_folder(out: Path, recipe: Any) -> list[str]:
     mend(out)
     mend(out / "checkpoints")
     saved = out / "config.yaml"
-    begun = any((out / "checkpoints").glob("step-*")) or (out / "result.json").exists()
-    if not saved.exists() or not begun:
+    if not saved.exists() or not begun(out):
         return []
     changed = differences(yaml.safe_load(saved.read_text()), plain(recipe))
     material = [change for change in changed if not change.startswith(IMMATERIAL)]

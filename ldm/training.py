@@ -27,18 +27,18 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from autoencoder.files import write_text
 from ldm import checkpoint, random
 from ldm.config import UserError, to_yaml
-from ldm.data import Source, Stream, to_tensor
+from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, best_precision
 from ldm.run_folder import is_finished, open_folder
 from ldm.run_log import RunLog
+from ldm.sampling import Squares, Stream, cores, read, slices
 from ldm.sharding import shard, whole
 from ldm.signals import StopSignals
 
@@ -83,7 +83,8 @@ class Run(RunLog):
             raise UserError("run.shard works with run.precision bf16 and no, not with fp16.")
         self.sharded = config.shard and accelerator.num_processes > 1
         self.batch = config.batch_size // shares
-        self.lost, self.skipped = 0, 0
+        self.lost: dict[str, int] = {}
+        self.skipped = 0
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._model: checkpoint.Model | None = None
         self._published: Path | None = None
@@ -222,13 +223,6 @@ class Run(RunLog):
             rank=rank,
             ranks=ranks,
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=stream,
-            num_workers=workers,
-            collate_fn=as_is,
-            timeout=self.config.timeout if workers else 0,
-        )
         bar = tqdm(
             total=total,
             initial=self.samples,
@@ -239,7 +233,7 @@ class Run(RunLog):
         )
         try:
             with bar, self._signals, self._watchdog:
-                for batch in loader:
+                for batch in read(dataset, stream, workers, self.config.timeout):
                     self._watchdog.beat()
                     self._writer.check()
                     torch.manual_seed(self._dropout_seed(batch))
@@ -281,28 +275,35 @@ class Run(RunLog):
         asked = torch.tensor([self._signals.received], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
-    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
-        """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together."""
+    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
+        """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together.
+
+        A network that learns beside another, such as a discriminator, is updated after it, named by `beside`, and
+        noted under its name; the update without a name counts the step.
+        """
         # A loss of infinity can have a finite gradient; times NaN it has none, and none after the exchange.
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        prefix = f"{beside}_" if beside else ""
         if self.accelerator.sync_gradients:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_norm))
             for group in optimizer.param_groups:
-                group["lr"] = rates.rate(self.step, self.config.steps)
+                group["lr"] = rates.rate(self.step - bool(beside), self.config.steps)
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
+            self.lost[beside] = 0 if finite else self.lost.get(beside, 0) + 1
             if not finite:
-                self._lose_step(float(norm))
-            self.lost *= not finite
-            self.step += 1
-            self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+                self._lose_step(float(norm), beside)
+            self.step += not beside
+            rate = optimizer.param_groups[0]["lr"]
+            self.note(**{f"{prefix}gradient_norm": norm, f"{prefix}learning_rate": rate})
         optimizer.zero_grad(set_to_none=True)
-        self.note(loss=loss.detach())
+        self.note(**{f"{prefix}loss": loss.detach()})
 
-    def _lose_step(self, norm: float) -> None:
-        self.lost, self.skipped = self.lost + 1, self.skipped + 1
+    def _lose_step(self, norm: float, beside: str) -> None:
+        whose, lost = f"the {beside}'s gradient" if beside else "the gradient", self.lost[beside]
+        self.skipped += 1
         first = self.step * self.config.batch_size
         batch = Stream(
             self._order,
@@ -317,12 +318,12 @@ class Run(RunLog):
             "skipped.jsonl", step=self.step, norm=str(norm), indices=[i for _, i in next(iter(batch))]
         )
         self.say(
-            f"step {self.step}: the gradient's norm is {norm}; step skipped ({self.lost} in a row, {self.skipped} "
-            "in all); skipped.jsonl has the indices of its samples"
+            f"step {self.step}: {whose} has the norm {norm}; step skipped ({lost} in a row, {self.skipped} in all); "
+            "skipped.jsonl has the indices of its samples"
         )
-        if self.lost >= LOST_STEPS_IN_A_ROW:
+        if lost >= LOST_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.lost} steps in a row had no finite gradient; the last checkpoint is good. "
+                f"{lost} steps in a row had no finite gradient; the last checkpoint is good. "
                 f"Look at the samples in {self.out}/skipped.jsonl, lower optimizer.lr, or set run.precision to "
                 f"no; {GO_ON}."
             )
@@ -350,12 +351,11 @@ class Run(RunLog):
         """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
         mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
         with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
-            for first in range(0, len(mine), 32):
-                indices = mine[first : first + 32]
-                pixels = torch.stack([to_tensor(source.picture(i, size)) for i in indices]).to(self.device)
+            batches = [mine[part.start : part.stop] for part in slices(0, len(mine), 32)]
+            for pixels in read(Squares(source, size), batches, cores(len(source))):
                 with self.accelerator.autocast():
-                    yield pixels.contiguous(memory_format=torch.channels_last)
-                bar.update(len(indices))
+                    yield pixels.to(self.device).contiguous(memory_format=torch.channels_last)
+                bar.update(len(pixels))
 
     def end(self, **result: float | str) -> None:
         """Write result.json, which marks the run as finished, and close the trackers."""
@@ -363,8 +363,3 @@ class Run(RunLog):
             about = {"step": self.step, "seconds": round(self.seconds, 1)}
             write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()
-
-
-def as_is(batch: Any) -> Any:
-    """Data sets make whole batches: nothing is left to collate."""
-    return batch

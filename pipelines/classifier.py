@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import UserError
-from ldm.data import DataConfig, Source, open_source, order, to_tensor
+from ldm.data import DataConfig, Source, open_source
+from ldm.pictures import to_tensor
+from ldm.sampling import order
 
 WIDTH = 32
 
@@ -73,7 +75,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
     source = open_source(data)
     if source.labels is None:
         raise UserError(
-            f"{data.path} has no classes to recognise; set data.label to the column that names them."
+            f"{data.where} has no classes to recognise; set data.label to the column that names them."
         )
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

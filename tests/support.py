@@ -17,9 +17,8 @@ def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object
     """A script of ours on one or more real processes, on the CPU, with one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable]
-    if processes > 1:
-        # `accelerate launch --cpu --num_processes 2` starts a single process, and doesn't say so.
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    if processes > 1:  # not by `accelerate launch --cpu`, which starts one process whatever the number
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launch, *command],
         cwd=cwd,

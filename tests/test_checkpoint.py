@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from autoencoder.files import written_beside
@@ -96,3 +97,13 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), written_beside(tmp_path / "model"):
         raise RuntimeError
     assert (tmp_path / "model" / "a").read_text() == "old"
+
+
+def test_a_tied_weight_is_kept_once_and_comes_back_in_both_places(tmp_path: Path) -> None:
+    model, again = (nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)]) for _ in range(2))
+    for one in (model, again):
+        one[1].weight = one[0].weight
+    checkpoint.save(tmp_path / "step-00000001", {"model": model}, {}, keep=2)
+    assert len(load_file(tmp_path / "step-00000001" / "model.safetensors")) == 1
+    checkpoint.restore(tmp_path / "step-00000001", {"model": again})
+    assert torch.equal(again[1].weight, model[0].weight) and again[1].weight is again[0].weight

@@ -8,8 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.config import UserError
-from ldm.data import DataConfig, Pixels, Stream, fitted, open_source, order, to_images, to_tensor
+import train_vae
+from ldm.config import UserError, load
+from ldm.data import DataConfig, open_source
+from ldm.pictures import fitted, to_images, to_tensor
+from ldm.sampling import Pixels, Stream, order
+from tests.support import TOY
 
 RED, BLUE = (200, 30, 30), (30, 30, 200)
 
@@ -70,6 +74,28 @@ def test_parquet_shards_with_splits(tmp_path: Path) -> None:
     assert sorted(source.labels[seen].tolist()) == [0, 0, 1, 1]
 
 
+def test_several_paths_are_one_source(tmp_path: Path) -> None:
+    for name in ("one/pear/a", "one/plum/b", "two/plum/c", "three/d"):
+        paint(tmp_path / f"{name}.png", BLUE if name.endswith("c") else RED)
+    paths = [str(tmp_path / name) for name in ("one", "two")]
+    both = open_source(DataConfig(path=tuple(paths), size=8))
+    assert both.classes == ("pear", "plum") and both.labels.tolist() == [0, 1, 1]
+    assert both.picture(2, 8).getpixel((4, 4)) == BLUE and len(both) == 3
+    assert [Path(both.pictures[i].name).name for i in range(3)] == ["a.png", "b.png", "c.png"]
+    assert "2 from" in both.describe() and "plum" in both.describe()
+    mixed = open_source(DataConfig(path=(*paths, str(tmp_path / "three")), size=8))
+    assert mixed.labels is None and f"the classes are left out: {tmp_path}/three has none" in mixed.describe()
+
+
+def test_a_list_of_paths_comes_from_yaml_and_flags(tmp_path: Path) -> None:
+    recipe = str(TOY / "vae.yaml")
+    for said, paths in (("[a, b]", ("a", "b")), ("a", ("a",))):
+        arguments = ["--config", recipe, "--data.scenes.count", "8192", "--data.path", said]
+        assert load(train_vae.Recipe, arguments, prog="x").data.paths == paths
+    with pytest.raises(ValueError, match="must be scenes alone"):
+        DataConfig(path=("scenes", "a"))
+
+
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     paint(tmp_path / "a.png")
     before = opened(tmp_path).fingerprint
@@ -113,7 +139,7 @@ def test_modes_become_rgb() -> None:
     palette.putpalette([10, 20, 30])
     assert fitted(palette, 8, "white").getpixel((0, 0)) == (10, 20, 30)
     deep = Image.fromarray(np.full((9, 9), 32768, dtype=np.uint16))
-    assert fitted(deep, 8, "white").getpixel((0, 0)) == (127, 127, 127)
+    assert fitted(deep, 8, "white").getpixel((0, 0)) == (128, 128, 128)
     assert fitted(Image.new("CMYK", (9, 9)), 8, "white").mode == "RGB"
     assert fitted(Image.new("L", (30, 9), 77), 8, "white").size == (8, 8)
 
