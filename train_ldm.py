@@ -164,6 +164,7 @@ def train(recipe: Recipe, run: Run) -> None:
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
         if run.due(recipe.show.every):
+            ema.gather()
             show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):
             run.log()

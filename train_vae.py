@@ -90,6 +90,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.loss.check_kind(self.kind)
+        if self.run.shard:
+            raise ValueError(
+                "run.shard is true, but an autoencoder's memory goes into its activations, not its weights: "
+                "leave it out, and raise run.accumulate if memory is short"
+            )
         if self.start is None:  # else `main` looks what shape it has
             object.__setattr__(self, "network", self.network.filled(self.kind, self.data.size))
         gan, lpips = self.loss.gan, self.loss.lpips

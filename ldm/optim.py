@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
+from ldm.sharding import is_sharded, laid_out_like, whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +152,7 @@ class Muon(torch.optim.AdamW):
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                    state[key] = laid_out_like(p, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -177,13 +178,14 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for members in _by_shape(parameters).values():
             steps = orthogonalise(
-                torch.stack([nesterov[i].reshape(parameters[i].shape[0], -1) for i in members])
+                torch.stack([whole(nesterov[i]).reshape(parameters[i].shape[0], -1) for i in members])
             )
             scale = 0.2 * math.sqrt(max(steps.shape[1:]))
             for i, update in zip(members, steps, strict=True):
-                parameters[i].add_(
-                    update.view(parameters[i].shape).to(parameters[i].dtype), alpha=-group["lr"] * scale
-                )
+                step = update.view(parameters[i].shape).to(parameters[i].dtype)
+                if is_sharded(parameters[i]):
+                    step = laid_out_like(parameters[i], step)
+                parameters[i].add_(step, alpha=-group["lr"] * scale)
         for p in parameters:
             p.grad = None
 
