@@ -35,6 +35,8 @@ INDEX = f"{WEIGHTS}.index.json"
 SHARD = re.compile(r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors")
 FILES = (CONFIG, WEIGHTS, INDEX, "diffusion_pytorch_model-*-of-*.safetensors")
 
+LARGEST = 1_000_000  # whole number in a config: channels, layers, sizes
+
 # Attention weights in files written before diffusers 0.15, among them Stable Diffusion 1.5's autoencoder.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -78,6 +80,13 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
+def _largest(value: Any) -> int:
+    """The largest whole number in a setting."""
+    if isinstance(value, tuple):
+        return max(map(_largest, value), default=0)
+    return abs(value) if isinstance(value, int) else 0
+
+
 def _check_weights(
     folder: Path, weights: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Tensor]
 ) -> None:
@@ -118,6 +127,8 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     if found != class_name:
         raise ValueError(f"{path} describes {found}, but {class_name} is wanted.")
     keys = {key: _tuples(value) for key, value in content.items() if not key.startswith("_")}
+    if large := [key for key, value in keys.items() if _largest(value) > LARGEST]:
+        raise ValueError(f"{path}: {large[0]} has numbers above {LARGEST:,}, which no network has.")
     names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     try:
         config = kind(**{key: value for key, value in keys.items() if key in names})

@@ -194,7 +194,9 @@ def model_card(facts: Facts) -> str:
     """README.md as text: the YAML header that the hub reads, then the card."""
     data = facts.recipe["data"]
     told = {"text": "from captions", "class": f"of {len(facts.classes)} classes", "none": "of one kind"}
-    encoder = facts.recipe["conditioning"]["text"]["encoder"]
+    text = facts.recipe["conditioning"]["text"]
+    taken = [text[key] for key in ("encoder", "encoder_2") if text.get(key)]
+    encoder = " and ".join(map(leaf, taken)) if text.get("weights", "pretrained") == "pretrained" else ""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     body = environment.from_string(BODY).render(
         {
@@ -203,7 +205,7 @@ def model_card(facts: Facts) -> str:
             "title": facts.name.split("/")[1],
             "size": data["size"],
             "told": told[facts.kind],
-            "encoder": leaf(encoder) if encoder else "",
+            "encoder": encoder,
             "about": facts.about or UNSAID,
             "ema": facts.recipe["ema_decay"],
             "stock_snippet": stock_snippet(facts),
@@ -222,7 +224,8 @@ def model_card(facts: Facts) -> str:
 
 def header(facts: Facts) -> str:
     """The YAML that the hub validates."""
-    path = str(facts.recipe["data"]["path"])
+    path = facts.recipe["data"]["path"]
+    paths = [path] if isinstance(path, str) else path
     results = [
         EvalResult(
             task_type=TAGS[facts.kind],
@@ -239,7 +242,7 @@ def header(facts: Facts) -> str:
         library_name="diffusers",
         pipeline_tag=TAGS[facts.kind],
         tags=["latent-diffusion", "trained-from-scratch"],
-        datasets=[path.removeprefix("hub:")] if path.startswith("hub:") else None,
+        datasets=[one.removeprefix("hub:") for one in paths if one.startswith("hub:")] or None,
         model_name=facts.name.split("/")[1] if results else None,
         eval_results=results or None,
     ).to_yaml()
@@ -304,13 +307,15 @@ def published_recipe(recipe: dict[str, Any]) -> str:
         cleaned["autoencoder"] = leaf(recipe["autoencoder"])
     if "conditioning" in recipe:
         text = recipe["conditioning"]["text"]
-        text = text | {"encoder": text["encoder"] and leaf(text["encoder"])}
+        text = {key: leaf(value) if "encoder" in key and value else value for key, value in text.items()}
         cleaned["conditioning"] = recipe["conditioning"] | {"text": text}
     return yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True, width=100)
 
 
-def leaf(name: str) -> str:
-    """The last part of a path; hub names and names within packages as they are."""
+def leaf(name: str | Sequence[str]) -> str:
+    """The last part of a path, or of each; hub names and names within packages as they are."""
+    if not isinstance(name, str):
+        return ", ".join(map(leaf, name))
     if name.startswith(("hub:", "package:")):
         return name
     path = Path(name).expanduser()

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
 from ldm.config import UserError
+from pipelines.safety import provenance
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -194,8 +194,10 @@ def run_interpolate(options: argparse.Namespace) -> None:
     images = interpolate(model, first, second, options.prompt, **settings)
     about = {"prompt": options.prompt or "", "from": options.first, "to": options.second}
     for i, image in enumerate(images):
-        image.save(options.out / f"{i:04d}.png", pnginfo=noted(about | settings | {"picture": i}))
-    contact_sheet(images, columns=len(images)).save(options.out / "sheet.png")
+        image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**about, **settings, picture=i))
+    contact_sheet(images, columns=len(images)).save(
+        options.out / "sheet.png", pnginfo=provenance(**about, **settings)
+    )
     print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")
 
 
@@ -223,13 +225,8 @@ def keep(
             "seed": options.seed + i,
             "model": Path(options.model).name,
         } | ({"class": classes[i]} if classes else {})
-        image.save(options.out / f"{i:04d}.png", pnginfo=noted(about | settings | more))
-    contact_sheet(images, told or None).save(options.out / "sheet.png")
+        image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**about, **settings, **more))
+    contact_sheet(images, told or None).save(
+        options.out / "sheet.png", pnginfo=provenance(**settings, **more)
+    )
     print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")
-
-
-def noted(about: dict[str, Any]) -> PngInfo:
-    note = PngInfo()
-    for key, value in about.items():
-        note.add_itxt(key, str(value))
-    return note

@@ -11,15 +11,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from autoencoder.files import written_beside
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
+from autoencoder.untrusted import inside, read_json
 from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
-from ldm.encoders import Encoder, encoder_class
 from ldm.prediction import make_prediction
 from ldm.unet import UNet
 from pipelines.schedulers import DIFFUSERS_VERSION, from_scheduler_config, scheduler_config
+from pipelines.strangers import load_encoder
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -87,21 +90,33 @@ def load(model: str | Path) -> dict[str, Any]:
         ValueError: a part that is not supported, or does not belong to the others.
     """
     folder = find(model)
-    index = json.loads((folder / INDEX).read_text())
+    try:
+        return _load(folder)
+    except (UserError, ValueError, OSError):
+        raise
+    except Exception as problem:  # whatever a damaged or hostile file leads to
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"{folder} holds no sound model ({type(problem).__name__}: {reason}).") from problem
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    index = read_json(folder / INDEX)
     kind = index.get("_class_name")
     if kind not in (OURS, TEXT, POOLED):
         raise UserError(f"{folder} holds a {kind}; this tool draws with {TEXT}, {POOLED} and {OURS} folders.")
-    autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
+    autoencoder = AutoencoderKL.from_pretrained(inside(folder, "vae"))
     made_for = index.get("_autoencoder_sha256")
     if made_for and made_for != weight_hash(autoencoder.state_dict()):
         raise UserError(f"The autoencoder in {folder}/vae is not the one that the U-Net was trained with.")
     path, prediction, sampler, spacing = from_scheduler_config(
-        json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        read_json(inside(folder, "scheduler") / "scheduler_config.json")
     )
+    unet, conditioner = UNet.from_pretrained(inside(folder, "unet")), load_conditioner(folder, index)
+    require_fit(unet, autoencoder, conditioner, folder)
     return {
         "autoencoder": autoencoder,
-        "unet": UNet.from_pretrained(folder / "unet"),
-        "conditioner": load_conditioner(folder, index),
+        "unet": unet,
+        "conditioner": conditioner,
         "path": path,
         "prediction": make_prediction(prediction, path),
         "sampler": sampler,
@@ -111,18 +126,37 @@ def load(model: str | Path) -> dict[str, Any]:
 
 def load_conditioner(folder: Path, index: dict[str, Any]) -> Conditioner:
     """Captions, classes, both or nothing, as `model_index.json` says."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    encoders = []
-    for end in ("", "_2"):
-        if (index.get(f"text_encoder{end}") or [None])[0]:
-            where = folder / f"text_encoder{end}"
-            made = encoder_class(AutoConfig.from_pretrained(where), projects=bool(end))
-            encoder = made.from_pretrained(where, use_safetensors=True).float()
-            encoders.append(Encoder(AutoTokenizer.from_pretrained(folder / f"tokenizer{end}"), encoder))
+    ends = [end for end in ("", "_2") if (index.get(f"text_encoder{end}") or [None])[0]]
+    encoders = [load_encoder(folder, end) for end in ends]
     text = Text(*encoders, frozen=True, zero_null=zero_null(index)).eval() if encoders else None
     names = index.get("id2label")
-    return join(ClassLabels([names[str(i)] for i in range(len(names))]) if names else None, text)
+    return join(ClassLabels([str(names[str(i)]) for i in range(len(names))]) if names else None, text)
+
+
+def require_fit(unet: UNet, autoencoder: AutoencoderKL, conditioner: Conditioner, folder: Path) -> None:
+    """ValueError unless the U-Net reads what the others make."""
+    with torch.no_grad():
+        null = conditioner.null(1)
+    reads, classes = unet.config.reads(), labels_of(conditioner)
+    for name in ("tokens", "label", "pooled"):
+        made, wanted = getattr(null, name), reads[name]
+        if (made is None) != (wanted is None):
+            told = "is told none" if made is None else "is told some"
+            raise ValueError(f"{folder}: the U-Net does not fit the others: as to {name}, it {told}.")
+        if made is not None and wanted and made.shape[-1] != wanted[-1]:
+            raise ValueError(
+                f"{folder}: {name} has {made.shape[-1]} channels, but the U-Net reads {wanted[-1]}."
+            )
+    if classes and (rows := unet.config.num_class_embeds) != len(classes.classes) + 1:
+        raise ValueError(
+            f"{folder}: id2label names {len(classes.classes)} classes, but the U-Net has {rows} embeddings, "
+            "the null one included."
+        )
+    if unet.config.out_channels != autoencoder.config.latent_channels:
+        raise ValueError(
+            f"{folder}: the U-Net makes {unet.config.out_channels} channels, but the autoencoder has "
+            f"{autoencoder.config.latent_channels}."
+        )
 
 
 def zero_null(index: dict[str, Any]) -> bool:

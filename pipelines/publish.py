@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 
 from autoencoder.store import weight_hash
-from ldm.conditioning import ClassLabels, Text
+from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, Source, open_source
 from pipelines.card import LICENSES, Facts, Metric, leaf, model_card
@@ -120,26 +120,22 @@ class FinishedRun:
             return []
         result = json.loads((self.stage1 / "result.json").read_text())
         recipe = yaml.safe_load((self.stage1 / "config.yaml").read_text())
-        if "psnr_db" not in result:
-            return []
-        show = recipe["show"]
-        split = result.get("psnr_split") or show.get("split") or recipe["data"]["split"]
+        show, data = recipe["show"], recipe["data"]
+        split = result.get("psnr_split") or show.get("split") or data["split"]
         protocol = f"autoencoder alone; mean over {show['count']} pictures of split {split} of "
-        protocol += (
-            f"{leaf(recipe['data']['path'])}, {recipe['data']['size']} pixels, posterior means, peak 2"
-        )
+        protocol += f"{leaf(data['path'])}, {data['size']} pixels, posterior means"
+        known = {"psnr_db": "psnr", "ssim": "ssim", "lpips": "lpips"}
         return [
-            Metric(
-                kind="psnr", name="PSNR of reconstructions (dB)", value=result["psnr_db"], protocol=protocol
-            )
+            Metric(kind=kind, name=f"{key} of reconstructions", value=result[key], protocol=protocol)
+            for key, kind in known.items()
+            if key in result
         ]
 
     def source(self, path: str) -> Source:
         """The training pictures, found at `path`."""
         said = self.recipe["data"]
-        keys = ("split", "size", "text", "label", "background")
         scenes = ScenesConfig(**said["scenes"]) if path == "scenes" else ScenesConfig()
-        return open_source(DataConfig(path=path, scenes=scenes, **{key: said[key] for key in keys}))
+        return open_source(DataConfig(**{**said, "path": path, "scenes": scenes}))
 
 
 def publish(what: Publication) -> str:
@@ -154,7 +150,7 @@ def publish(what: Publication) -> str:
     run = FinishedRun(what.model)
     model = LatentDiffusion.from_pretrained(run.model)
     source = run.source(what.data) if what.data else None
-    request = samples_wanted(what, run, model, source)
+    request = samples_wanted(what, run, model, source)  # which also refuses kinds that can't be published
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
         release = scratch / "release" if what.out is None else emptied(what.out)
@@ -195,7 +191,7 @@ def publish(what: Publication) -> str:
             samples=samples,
             no_samples=no_samples,
             safety=safety,
-            data_facts=source.describe().splitlines()[:2] if source else [],
+            data_facts=[f"{len(source):,} pictures: {source.kind}"] if source else [],
             **facts_of(run, model),
         )
         (release / "README.md").write_text(model_card(facts), encoding="utf-8")
@@ -212,7 +208,7 @@ def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
         "first_recipe": first,
         "trained": run.trained(),
         "parts": parts_of(model),
-        "classes": model.conditioner.classes if isinstance(model.conditioner, ClassLabels) else (),
+        "classes": labels.classes if (labels := labels_of(model.conditioner)) else (),
         "autoencoder": identity,
         "metrics": run.metrics(identity),
     }
@@ -260,9 +256,12 @@ def emptied(out: Path) -> Path:
 
 
 def kind_of(model: LatentDiffusion) -> str:
-    if isinstance(model.conditioner, Text):
-        return "text"
-    return "class" if isinstance(model.conditioner, ClassLabels) else "none"
+    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+    if text and labels:
+        raise UserError(
+            "A model of classes and captions together can't be published yet: no stock class draws so."
+        )
+    return "text" if text else "class" if labels else "none"
 
 
 def samples_wanted(
@@ -275,8 +274,8 @@ def samples_wanted(
         if what.prompts:
             raise UserError("--prompt is given, but this model draws without; leave it out.")
         return Request(prompts=None, count=count, guidance=guidance)
-    if not prompts and isinstance(model.conditioner, ClassLabels):
-        prompts = list(model.conditioner.classes)
+    if not prompts and (labels := labels_of(model.conditioner)):
+        prompts = list(labels.classes)
     if not prompts and source and source.texts:
         prompts = list(dict.fromkeys(source.texts))
     if not prompts:
@@ -349,9 +348,9 @@ def parts_of(model: LatentDiffusion) -> list[tuple[str, str, str]]:
     """(folder, class, number of weights) of each network."""
     parts: dict[str, nn.Module] = {"unet": model.unet, "vae": model.autoencoder}
     names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
-    if isinstance(model.conditioner, Text):
-        parts["text_encoder"] = model.conditioner.encoder
-        names["text_encoder"] = type(model.conditioner.encoder).__name__
+    for i, encoder in enumerate(text.encoders if (text := text_of(model.conditioner)) else []):
+        parts[f"text_encoder{'_2' * i}"] = encoder
+        names[f"text_encoder{'_2' * i}"] = type(encoder).__name__
     return [(k, names[k], f"{sum(p.numel() for p in part.parameters()):,}") for k, part in parts.items()]
 
 

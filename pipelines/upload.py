@@ -74,6 +74,8 @@ class HubSession:
     def _before(self, request: Any) -> None:
         if request.url.netloc != self._host:
             request.headers.pop("authorization", None)
+        asked = request.extensions.get("timeout", {})  # the client asks for no limit here and there
+        request.extensions["timeout"] = {key: min(value or ANSWER, ANSWER) for key, value in asked.items()}
         now, state = time.monotonic(), self._thread
         if getattr(state, "unanswered", False):  # so the request before this one failed
             state.trouble = getattr(state, "trouble", None) or now

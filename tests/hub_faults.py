@@ -55,9 +55,12 @@ def tried(case: tuple[str, str, int]) -> dict:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--json", type=Path)
-    file = options.parse_args().json
-    cases = list(itertools.product(USED, FAULTS, (1, 9999)))
-    with ProcessPoolExecutor(24) as pool:
+    options.add_argument("--fault", choices=FAULTS, action="append", help="only this one")
+    options.add_argument("--at-once", type=int, default=24, help="publications, each of which mostly waits")
+    given = options.parse_args()
+    file = given.json
+    cases = list(itertools.product(USED, given.fault or FAULTS, (1, 9999)))
+    with ProcessPoolExecutor(given.at_once) as pool:
         rows = list(pool.map(tried, cases))
     for row in rows:
         if not row["good"]:
