@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
-from ldm.checkpoint import writing
-from ldm.conditioning import ClassLabels, ConditioningConfig, Text, make_conditioner
+from ldm.conditioning import ConditioningConfig, labels_of, make_conditioner, text_of
 from ldm.config import UserError, command, load
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.ema import EMA
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
-from ldm.paths import Flow, PathConfig, make_path
+from ldm.paths import Flow, PathConfig, Spacing, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.sampling import order
 from ldm.training import Run, RunConfig
@@ -38,6 +37,7 @@ from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
+from pipelines.stage_one import open_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class ShowConfig:
 
     prompts: tuple[str, ...] = ()
     """Captions or class names; by default the first distinct ones of the data"""
+    classes: tuple[str, ...] = ()
+    """With class+text: the class of each of the prompts"""
     count: int = 16
     """Pictures, if no prompts are given"""
     every: int = 1000
@@ -78,6 +80,8 @@ class Recipe:
     weight: Weight = field(default_factory=Weight)
     sampler: str = "dpmpp_2m"
     """The sampler that the saved model names"""
+    spacing: Spacing | None = None
+    """Of its steps: trailing, leading, linspace, karras, exponential; by default the one usual for sampler and path"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones drawn with and kept"""
@@ -88,7 +92,7 @@ class Recipe:
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
 
 
-@command("train_ldm.py")
+@command("train_ldm.py", explain)
 def main(argv: Sequence[str]) -> None:
     recipe = load(Recipe, argv, prog="train_ldm.py")
     run = Run(recipe.run, recipe)
@@ -112,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(contract=contract, **trained, ema=ema, optimizer=optimizer)
+    run.resume(model, publish=True, contract=contract, **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     for batch in run.batches(latents, order(source, recipe.data.balance)):
@@ -120,7 +124,8 @@ def main(argv: Sequence[str]) -> None:
             z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
             t = model.path.times(run.uniform("time", batch)).float().to(run.device)
-            loss = denoiser.loss(z, told(batch), t=t, noise=run.normal("noise", batch, latents.shape))
+            cond = told(batch).sized(recipe.data.size, recipe.data.size)
+            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, latents.shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
@@ -130,7 +135,6 @@ def main(argv: Sequence[str]) -> None:
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
-            save_model(run, model)  # before the checkpoint, which says that this step is done
             run.save()
     run.say(f"the model is in {run.out}/model")
     run.end()
@@ -145,14 +149,15 @@ def averaged_model(
         side = recipe.data.size // autoencoder.config.factor
         path = path.at(side * side)
     prediction = make_prediction(recipe.prediction, path)
-    scheduler_config(path, prediction.name, recipe.sampler)  # type: ignore[arg-type]
+    scheduler_config(path, prediction.name, recipe.sampler, recipe.spacing)  # type: ignore[arg-type]
     return LatentDiffusion(
         autoencoder=autoencoder,
         unet=ema["unet"],
-        conditioner=ema["conditioner"] if learns(conditioner) else conditioner,
+        conditioner=ema["conditioner"] if learns(conditioner) else conditioner,  # type: ignore[arg-type]
         path=path,
         prediction=prediction,
         sampler=recipe.sampler,
+        spacing=recipe.spacing,
     )
 
 
@@ -163,19 +168,10 @@ def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: Autoenc
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def save_model(run: Run, model: LatentDiffusion) -> None:
-    if run.main:
-        with writing(run.out / "model"):
-            model.save_pretrained(run.out / "model")
-
-
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:
     """What this run may not change under way."""
-    words = ""
-    if isinstance(conditioner, Text):
-        words = conditioner.vocabulary_hash()
-    elif isinstance(conditioner, ClassLabels):
-        words = repr(conditioner.classes)
+    text, labels = text_of(conditioner), labels_of(conditioner)
+    words = (text.vocabulary_hash() if text else "") + (repr(labels.classes) if labels else "")
     return Contract(
         {
             "autoencoder": weight_hash(autoencoder.state_dict()),
@@ -183,22 +179,6 @@ def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Modu
             "set of pictures": source.fingerprint,
         }
     )
-
-
-def open_autoencoder(name: str) -> AutoencoderKL:
-    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name."""
-    folder = Path(name).expanduser()
-    inner = next(
-        (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
-    )
-    if inner is None and folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, or set autoencoder."
-        )
-    autoencoder = AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
-    if autoencoder.config.latents_mean or autoencoder.config.latents_std:
-        raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")
-    return autoencoder
 
 
 def fit_network(
@@ -212,11 +192,19 @@ def fit_network(
         "sample_size": height if height == width else (height, width),
         "cross_attention_dim": None,
         "num_class_embeds": None,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
     }
-    if isinstance(conditioner, Text):
-        decided["cross_attention_dim"] = conditioner.null(1).tokens.shape[-1]  # type: ignore[union-attr]
-    elif isinstance(conditioner, ClassLabels):
-        decided["num_class_embeds"] = len(conditioner.classes) + 1
+    cond, labels = conditioner.null(1), labels_of(conditioner)  # type: ignore[operator]
+    if cond.tokens is not None:
+        decided["cross_attention_dim"] = cond.tokens.shape[-1]
+    if labels:
+        decided["num_class_embeds"] = len(labels.classes) + 1
+    if cond.pooled is not None:
+        each = config.addition_time_embed_dim or 256  # as SDXL
+        decided |= {"addition_embed_type": "text_time", "addition_time_embed_dim": each}
+        decided["projection_class_embeddings_input_dim"] = cond.pooled.shape[-1] + 6 * each
     if config.promptless and decided["cross_attention_dim"] is None:
         config = replace(config, cross_attention_dim=UNetConfig.cross_attention_dim)
     for key in fields(config):
@@ -249,35 +237,42 @@ def learns(module: nn.Module) -> bool:
 
 
 def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> None:
-    if isinstance(conditioner, Text):
-        cut = conditioner.cut(source.texts or [])
-        if cut:
-            longest = conditioner.tokenizer.model_max_length
-            run.say(
-                f"{cut} of {len(source)} captions are longer than {longest} tokens and are cut; see text.max_length"
-            )
+    text = text_of(conditioner)
+    cut = text.cut(source.texts or []) if text else 0
+    if text and cut:
+        run.say(
+            f"{cut} of {len(source)} captions are longer than {text.max_length} tokens and are cut; "
+            "see text.max_length"
+        )
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) -> list[str] | None:
-    """The fixed prompts, or the first distinct ones of the data; ValueError if the model can't read one."""
-    if not isinstance(model.conditioner, ClassLabels | Text):
-        return None
-    names = source.classes if isinstance(model.conditioner, ClassLabels) else source.texts or ()
-    prompts = list(config.prompts) or list(dict.fromkeys(names))[: config.count]
-    model.read(prompts, 1)
-    return prompts
+def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) -> dict[str, list[str]]:
+    """The fixed prompts, or the first distinct ones of the data, as arguments of the model; ValueError if it can't
+    read one."""
+    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+    given = {"prompts": config.prompts, "classes": config.classes}
+    told = {name: list(names) for name, names in given.items() if names}
+    if text and labels and source.labels is not None and not told:
+        named = (source.classes[i] for i in source.labels.tolist())
+        pairs = list(dict.fromkeys(zip(source.texts or (), named, strict=True)))[: config.count]
+        told = {"prompts": [caption for caption, _ in pairs], "classes": [name for _, name in pairs]}
+    elif (text or labels) and not config.prompts:
+        names = source.texts or () if text else source.classes
+        told["prompts"] = list(dict.fromkeys(names))[: config.count]
+    model.read(told.get("prompts"), 1, told.get("classes"))
+    return told
 
 
-def show(run: Run, model: LatentDiffusion, config: ShowConfig, prompts: list[str] | None) -> None:
+def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]]) -> None:
     """Draw the fixed prompts with the averaged weights."""
     if run.main:
-        n = 1 if prompts else config.count
-        images = model(prompts, n=n, steps=config.steps, guidance=config.guidance)
-        run.picture(contact_sheet(images, prompts), "drawn")
+        n = 1 if told else config.count
+        images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
+        run.picture(contact_sheet(images, told.get("prompts")), "drawn")
 
 
 if __name__ == "__main__":

@@ -2,28 +2,38 @@
 
     python train_vae.py --config configs/scenes/vae.yaml [--data.path FOLDER] [--run.out DIR] [--run.steps N]
 
-Run the same command again to go on with a run that was stopped. The result lies in OUT/model, a stock
-`AutoencoderKL` folder whose latents have mean 0 and standard deviation 1 per channel.
+Run the same command again to go on with a run that was stopped. The result lies in OUT/model: a stock
+`AutoencoderKL` folder whose latents have mean 0 and standard deviation 1 per channel, or a stock `VQModel` folder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder.adversarial import Adversary
+from autoencoder.discriminator import Discriminator
 from autoencoder.files import written_beside
-from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from autoencoder.kl import AutoencoderKL
 from autoencoder.latents import LatentStatistics, fold
-from autoencoder.losses import LossConfig, reconstruction
-from autoencoder.metrics import psnr
+from autoencoder.losses import LossConfig, Objective
+from autoencoder.metrics import likeness
+from autoencoder.perceptual import SMALLEST, Perceptual
+from autoencoder.presets import KINDS, ShapeConfig
+from autoencoder.store import find_folder, load_config
+from autoencoder.vq import CodeUse, Quantized, VQModel, codebook_usage, count_codes
+from ldm import random
 from ldm.checkpoint import writing
-from ldm.config import command, load
+from ldm.config import UserError, command, load
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source, shown_source
 from ldm.ema import EMA
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.pictures import to_images, to_tensor
@@ -50,15 +60,25 @@ class ShowConfig:
             )
 
 
+NETWORKS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
+GAN_OPTIMIZER = OptimizerConfig(name="adamw", lr=3e-4, betas=(0.5, 0.99), weight_decay=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Stage 1 of a latent diffusion model: an autoencoder."""
 
     run: RunConfig
     data: DataConfig = field(default_factory=DataConfig)
-    network: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    kind: Literal["kl", "vq"] = "kl"
+    """kl: latents are numbers, AutoencoderKL. vq: latents are words of a codebook, VQModel"""
+    start: str | None = None
+    """Go on from a stock autoencoder of this kind, a folder or a hub name, instead of from random weights"""
+    network: ShapeConfig = field(default_factory=ShapeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    gan_optimizer: OptimizerConfig = field(default_factory=lambda: GAN_OPTIMIZER)
+    """Of the discriminator"""
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones kept"""
     show: ShowConfig = field(default_factory=ShowConfig)
@@ -66,15 +86,31 @@ class Recipe:
     """Processes that read or draw pictures beside each training process; 0: the training process does"""
 
     def __post_init__(self) -> None:
-        if self.data.size % self.network.factor:
+        self.loss.check_kind(self.kind)
+        if self.start is None:  # else `main` looks what shape it has
+            object.__setattr__(self, "network", self.network.filled(self.kind, self.data.size))
+        gan, lpips = self.loss.gan, self.loss.lpips
+        if not gan.weight and self.gan_optimizer != GAN_OPTIMIZER:
             raise ValueError(
-                f"data.size is {self.data.size}, which the autoencoder's factor {self.network.factor} does not divide"
+                "gan_optimizer is set, but loss.gan.weight is 0: set it, or remove gan_optimizer"
+            )
+        if gan.weight and gan.start >= self.run.steps:
+            raise ValueError(f"loss.gan.start is {gan.start}, but the run ends after {self.run.steps} steps")
+        if gan.weight and self.data.size < 3 * 2**gan.layers:
+            raise ValueError(
+                f"loss.gan.layers is {gan.layers}, for which pictures must have {3 * 2**gan.layers} pixels a side, "
+                f"but data.size is {self.data.size}"
+            )
+        if lpips.weight and self.data.size < SMALLEST[lpips.network]:
+            raise ValueError(
+                f"loss.lpips.network {lpips.network} needs pictures of {SMALLEST[lpips.network]} pixels a side, "
+                f"but data.size is {self.data.size}"
             )
 
 
-@command("train_vae.py")
+@command("train_vae.py", explain)
 def main(argv: Sequence[str]) -> None:
-    recipe = load(Recipe, argv, prog="train_vae.py")
+    recipe = settled(load(Recipe, argv, prog="train_vae.py"))
     run = Run(recipe.run, recipe)
     if run.finished():
         return
@@ -86,39 +122,123 @@ def main(argv: Sequence[str]) -> None:
     originals, split = pixels_to_show(recipe, run)
     originals = originals.to(run.device)
 
-    network = run.place(AutoencoderKL(replace(recipe.network, sample_size=recipe.data.size)))
+    network = run.place(new_autoencoder(run, recipe))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    run.resume(contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer)
-    run.say(
-        f"autoencoder: {sum(p.numel() for p in network.parameters()):,} weights, factor {recipe.network.factor}"
-    )
+    lpips = Perceptual(recipe.loss.lpips, run.device) if recipe.loss.lpips.weight else None
+    adversary = new_adversary(run, recipe) if recipe.loss.gan.weight else None
+    objective = Objective(recipe.loss, lpips, adversary, network.decoder.conv_out.weight)
+    codes = new_code_use(run, recipe) if recipe.kind == "vq" else None
+    parts = (adversary.parts() if adversary else {}) | ({"codes": codes} if codes else {})
+    averaged = ema["autoencoder"]
+    run.resume(averaged, contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer, **parts)
 
-    side = recipe.data.size // recipe.network.factor
-    latents = (recipe.network.latent_channels, side, side)
+    trained = [autoencoder, adversary.wrapped] if adversary else [autoencoder]
     pictures = Pixels(source, recipe.data, recipe.run.seed)
     for batch in run.batches(pictures, order(source, recipe.data.balance), recipe.workers):
-        with run.accelerator.accumulate(autoencoder):
+        with run.accelerator.accumulate(*trained):
             pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
-            made, posterior = autoencoder(pixels, run.normal("posterior", batch, latents))
-            distance = reconstruction(made, pixels, recipe.loss.reconstruction).mean()
-            kl = posterior.kl().mean() / pixels[0].numel()
-            run.update(distance + recipe.loss.kl * kl, optimizer, recipe.optimizer)
-            run.note(reconstruction=distance.detach(), kl=kl.detach())
+            made, latent = autoencoder(pixels, *posterior_noise(run, recipe, batch))
+            if adversary and adversary.learns(run.step):
+                loss, figures = adversary.discriminator_loss(pixels, made, run.step)
+                run.update(loss, adversary.optimizer, recipe.gan_optimizer, "discriminator")
+                run.note(**figures)
+            loss, terms = objective(pixels, made, latent, run.step)
+            run.update(loss, optimizer, recipe.optimizer)
+            run.note(**terms)
+            if codes:
+                codes.count(latent.indices)
         if run.accelerator.sync_gradients:
             ema.update(run.step, autoencoder=network)
+            if codes:
+                revive(run, recipe, codes, latent, [network, ema["autoencoder"]])
         if run.due(recipe.show.every):
-            show(run, ema["autoencoder"], originals)
+            show(run, {"EMA": ema["autoencoder"], "raw": network}, originals, lpips, adversary)
         if run.due(recipe.run.log_every):
+            if adversary and (warning := adversary.verdict()):
+                run.say(warning)
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
     made = finish(run, ema["autoencoder"], source, recipe, originals)
-    quality = psnr(made, originals).mean().item()
-    run.say(
-        f"PSNR {quality:.2f} dB on {len(originals)} pictures of split {split}; the model is in {run.out}/model"
+    quality = {name: round(value, 4) for name, value in likeness(made, originals, lpips).items()}
+    told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
+    run.say(f"{told} on {len(originals)} pictures of split {split}; the model is in {run.out}/model")
+    run.end(**quality, psnr_split=split)
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """With the shape of the autoencoder to start from, if there is one."""
+    if recipe.start is None:
+        return recipe
+    stock: Any = load_config(
+        starting_folder(recipe.start), KINDS[recipe.kind], NETWORKS[recipe.kind].__name__
     )
-    run.end(psnr_db=round(quality, 3), psnr_split=split)
+    return replace(recipe, network=recipe.network.filled(recipe.kind, recipe.data.size, stock))
+
+
+def starting_folder(name: str) -> Path:
+    """A stock folder, here or on the hub; of a run folder, its model."""
+    model = Path(name).expanduser() / "model"
+    return find_folder(model if model.is_dir() else name)
+
+
+def new_autoencoder(run: Run, recipe: Recipe) -> Any:
+    """An autoencoder of the recipe's shape, with the weights to start from or random ones."""
+    config = recipe.network.config(recipe.kind)
+    if recipe.start is None:
+        network = NETWORKS[recipe.kind](config)
+    else:
+        network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
+        run.say(
+            f"going on from {recipe.start}; its scaling_factor, {network.config.scaling_factor}, is replaced by 1 "
+            + ("and the statistics folded in at the end" if recipe.kind == "kl" else "")
+        )
+        network.config = config
+    weights = sum(p.numel() for p in network.parameters())
+    run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")
+    return network
+
+
+def new_adversary(run: Run, recipe: Recipe) -> Adversary:
+    """The discriminator, wrapped, with its optimizer."""
+    if run.accelerator.scaler and recipe.run.accumulate > 1:
+        raise UserError(
+            "Gradients of two networks that are added up over run.accumulate batches can't share the scale that fp16 "
+            "needs; set run.accumulate to 1, run.precision to bf16 or no, or loss.gan.weight to 0."
+        )
+    gan = recipe.loss.gan
+    network = run.place(Discriminator(gan.channels, gan.layers))
+    weights = sum(p.numel() for p in network.parameters())
+    run.say(f"discriminator: {weights:,} weights, learns from step {gan.start - gan.head_start}")
+    wrapped, optimizer = run.prepare(network, make_optimizer(recipe.gan_optimizer, [network]))
+    return Adversary(gan, wrapped, optimizer, network, lambda x: run.accelerator.reduce(x, "mean"))
+
+
+def new_code_use(run: Run, recipe: Recipe) -> CodeUse:
+    assert recipe.network.num_vq_embeddings is not None  # filled in
+    return CodeUse(recipe.network.num_vq_embeddings, run.device, lambda x: run.accelerator.reduce(x, "sum"))
+
+
+def posterior_noise(run: Run, recipe: Recipe, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """[B,C,h,w] for kind kl; nothing for kind vq, whose latents are not random."""
+    if recipe.kind == "vq":
+        return ()
+    assert recipe.network.factor and recipe.network.latent_channels  # filled in
+    side = recipe.data.size // recipe.network.factor
+    return (run.normal("posterior", batch, (recipe.network.latent_channels, side, side)),)
+
+
+def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks: Sequence[VQModel]) -> None:
+    """Every so often, note how much of the codebook is in use, and start unused codes again."""
+    every = recipe.loss.codebook.revive_every
+    if not every or run.step % every or run.step == recipe.run.steps:
+        return
+    usage = codebook_usage(codes.counts)
+    latents = run.accelerator.gather(latent.unquantized)
+    drawn = random.stream(recipe.run.seed, "revival", run.step)
+    revived = codes.revive([network.quantize.embedding for network in networks], latents, drawn)
+    run.note(codebook_usage=usage.fraction, perplexity=usage.perplexity, revived=revived)
 
 
 def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
@@ -131,39 +251,56 @@ def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, originals: Tensor) -> Tensor:
-    """[N,3,S,S] => the same, through the posterior's mean, clipped to [-1, 1]."""
-    made = [autoencoder(x.contiguous(memory_format=torch.channels_last))[0] for x in originals.split(16)]
-    return torch.cat(made).float().clamp(-1, 1)
+def reconstruct(autoencoder: Any, originals: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """[N,3,S,S] => the same, through the posterior's mean, clipped to [-1, 1]; and figures of the latents."""
+    pairs = [autoencoder(x.contiguous(memory_format=torch.channels_last)) for x in originals.split(16)]
+    made = torch.cat([made for made, _ in pairs]).float().clamp(-1, 1)
+    if isinstance(pairs[0][1], Quantized):
+        codes = autoencoder.quantize.embedding.num_embeddings
+        usage = codebook_usage(count_codes(torch.cat([latent.indices for _, latent in pairs]), codes))
+        return made, {"codebook_usage": usage.fraction, "perplexity": usage.perplexity}
+    kl = torch.cat([latent.kl() for _, latent in pairs]) / originals[0].numel()
+    return made, {"kl": kl.mean().item()}
 
 
-def show(run: Run, autoencoder: nn.Module, originals: Tensor) -> None:
-    """Note the PSNR, and save originals above their reconstructions."""
+def show(
+    run: Run,
+    networks: dict[str, nn.Module],
+    originals: Tensor,
+    lpips: Perceptual | None,
+    adversary: Adversary | None,
+) -> None:
+    """Note figures of the first of `networks`, and save originals above the reconstructions of each."""
     if not run.main:
         return
-    made = reconstruct(autoencoder, originals)
-    run.remark(psnr_db=psnr(made, originals).mean().item())
-    sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]))
-    run.picture(sheet, "reconstructions")
+    made, figures = zip(*[reconstruct(network, originals) for network in networks.values()], strict=True)
+    alike = likeness(made[0], originals, lpips)
+    run.remark(psnr_db=alike.pop("psnr_db"))
+    logits = adversary.logits(originals, made[0]) if adversary and adversary.learns(run.step - 1) else {}
+    run.remark(**{f"held_out_{name}": value for name, value in (alike | figures[0] | logits).items()})
+    rows = [to_images(pixels[:32]) for pixels in (originals, *made)]
+    run.picture(side_by_side(*rows, labels=["original", *networks]), "reconstructions")
 
 
 @torch.no_grad()
-def finish(run: Run, autoencoder: AutoencoderKL, source: Source, recipe: Recipe, originals: Tensor) -> Tensor:
-    """Measure the latents of the whole training set, fold the statistics in, write OUT/model.
+def finish(run: Run, autoencoder: Any, source: Source, recipe: Recipe, originals: Tensor) -> Tensor:
+    """Write OUT/model, and return what it makes of the originals.
 
-    Returns what the folded autoencoder makes of the originals.
+    The statistics of the latents of the whole training set are folded into an AutoencoderKL.
     """
-    statistics = LatentStatistics(recipe.network.latent_channels)
-    for pixels in run.shares(source, recipe.data.size, "latent statistics"):
-        statistics.update(autoencoder.encode(pixels))
-    if run.accelerator.num_processes > 1:
-        statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()
-    folded = fold(autoencoder, statistics)
-    made = reconstruct(folded, originals)
+    if recipe.kind == "kl":
+        statistics = LatentStatistics(autoencoder.config.latent_channels)
+        for pixels in run.shares(source, recipe.data.size, "latent statistics"):
+            statistics.update(autoencoder.encode(pixels))
+        if run.accelerator.num_processes > 1:
+            statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()
+        autoencoder = fold(autoencoder, statistics)
+    made, _ = reconstruct(autoencoder, originals)
     if run.main:
         with writing(run.out / "model"), written_beside(run.out / "model") as fresh:
-            folded.save_pretrained(fresh)
-        side_by_side(to_images(originals[:32]), to_images(made[:32])).save(run.out / "reconstructions.png")
+            autoencoder.save_pretrained(fresh)
+        sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]), labels=["original", "made"])
+        sheet.save(run.out / "reconstructions.png")
     return made
 
 

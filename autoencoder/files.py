@@ -14,15 +14,13 @@ def written_beside(target: Path) -> Iterator[Path]:
     """A fresh folder to fill; it takes the place of folder `target` only when the block ends without an error.
 
     What the block wrote is flushed to the disk before the rename, and the rename before this returns. After a
-    crash there is either the old folder or the new one; leftovers of a crash are removed by the next call.
+    crash there is either the old folder or the new one; leftovers of a crash are removed by the next call, and
+    by `mend`.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
+    mend(target.parent, target.name)
     fresh, old = (target.with_name(f".{target.name}.{word}") for word in ("writing", "old"))
-    if old.exists() and not target.exists():  # the last call was killed between its two renames
-        old.rename(target)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
@@ -39,6 +37,31 @@ def written_beside(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def mend(folder: Path, name: str = "*") -> None:
+    """Remove what killed writes have left in `folder`: of `name`, or of all. Nothing may be writing there now."""
+    for old in sorted(folder.glob(f".{name}.old")):
+        target = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if not target.exists():  # killed between the two renames
+            old.rename(target)
+    for leftover in [*folder.glob(f".{name}.old"), *folder.glob(f".{name}.writing")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
+
+
+def link_folder(source: Path, target: Path) -> None:
+    """Put the files of folder `source` into the folder `target` too, without a second copy where the disk can."""
+
+    def link(file: str, beside: str) -> None:
+        try:
+            os.link(file, beside)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(file, beside)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,6 +69,7 @@ def write_text(path: Path, text: str) -> None:
     fresh.write_text(text, encoding="utf-8")
     flush(fresh)
     fresh.replace(path)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:

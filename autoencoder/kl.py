@@ -10,6 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from autoencoder.equivariance import Transform
 from autoencoder.model import Decoder, Encoder, NetworkConfig, at_least_float32, check_images, check_latents
 from autoencoder.store import load_folder, save_folder
 
@@ -98,18 +99,22 @@ class AutoencoderKL(nn.Module):
             z = self.post_quant_conv(z)
         return self.decoder(z)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, transform: Transform | None = None
+    ) -> tuple[Tensor, Posterior]:
         """Reconstruct images from a sample of their posterior; the one call that training makes.
 
         Args:
             x: images [B, in_channels, H, W] in [-1, 1].
             noise: standard normal [B, C, h, w]; None decodes the posterior's mean.
+            transform: of the latents before they are decoded; the reconstruction is then of `transform(x, f)`.
 
         Returns:
             Reconstruction like x, and the posterior.
         """
         posterior = self.encode(x)
-        return self.decode(posterior.mean if noise is None else posterior.sample(noise)), posterior
+        z = posterior.mean if noise is None else posterior.sample(noise)
+        return self.decode(z if transform is None else transform(z)), posterior
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from autoencoder.perceptual import Perceptual
+
+SMALLEST_FOR_SSIM = 11
+"""Pixels along one side of its window."""
+
 
 def psnr(made: Tensor, originals: Tensor) -> Tensor:
     """Peak signal-to-noise ratio [B] in dB of pictures [B,3,H,W] in [-1, 1]; infinite for equal ones."""
@@ -22,3 +27,15 @@ def ssim(made: Tensor, originals: Tensor) -> Tensor:
     )
     assert isinstance(similarity, Tensor)
     return similarity
+
+
+@torch.no_grad()
+def likeness(made: Tensor, originals: Tensor, lpips: Perceptual | None) -> dict[str, float]:
+    """Means over pictures [N,3,H,W] in [-1, 1]: psnr_db; ssim, unless they are too small for it; lpips, if given."""
+    figures = {"psnr_db": psnr(made, originals).mean().item()}
+    if min(made.shape[-2:]) >= SMALLEST_FOR_SSIM:
+        figures["ssim"] = ssim(made, originals).mean().item()
+    if lpips:
+        pairs = zip(made.split(16), originals.split(16), strict=True)
+        figures["lpips"] = torch.cat([lpips(x, y) for x, y in pairs]).mean().item()
+    return figures

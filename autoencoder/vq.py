@@ -3,10 +3,12 @@
 Shapes: images [B, 3, H, W] in [-1, 1]; latents [B, D, h, w] with h = H/f, w = W/f; K codes of D numbers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,26 @@ class VQConfig(NetworkConfig):
         return {**super().fixed(), "norm_type": "group"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodebookConfig:
+    """Of kind vq: how codes and latents find each other."""
+
+    weight: float = 1.0
+    """Weight of the codebook's loss, van den Oord et al. 2017, equation 3, averaged over the latents' numbers"""
+    commitment: float = 0.25
+    """Weight within it of the term that moves latents towards codes"""
+    revive_every: int = 100
+    """Optimizer steps after which codes that no latent has chosen since the last time start again as latents of the
+    batch (as in Dhariwal et al. 2020, section 3); 0: never"""
+
+    def __post_init__(self) -> None:
+        for key in ("weight", "commitment"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"loss.codebook.{key} is {getattr(self, key)}, but must be positive")
+        if self.revive_every < 0:
+            raise ValueError(f"loss.codebook.revive_every is {self.revive_every}, but must not be negative")
+
+
 class Quantized(NamedTuple):
     """Latents replaced by their nearest codes."""
 
@@ -58,6 +80,8 @@ class Quantized(NamedTuple):
     """[B]: mean squared distance, whose gradient moves codes towards latents."""
     commitment: Tensor
     """[B]: the same number, whose gradient moves latents towards codes."""
+    unquantized: Tensor
+    """[B, D, h, w]: the latents before, without gradient."""
 
     def loss(self, beta: float = 0.25) -> Tensor:
         """[B]: codebook + beta * commitment, van den Oord et al. 2017, equation 3.
@@ -92,6 +116,7 @@ class VectorQuantizer(nn.Module):
             indices=indices,
             codebook=(codes - z.detach()).square().mean(dim=(1, 2, 3)),
             commitment=(codes.detach() - z).square().mean(dim=(1, 2, 3)),
+            unquantized=z.detach(),
         )
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -179,3 +204,43 @@ def codebook_usage(counts: Tensor) -> CodebookUsage:
     p = counts.double() / counts.sum()
     entropy = -torch.special.xlogy(p, p).sum()
     return CodebookUsage((counts > 0).double().mean().item(), entropy.exp().item())
+
+
+class CodeUse:
+    """How often each code has been chosen since codes were last revived, over all processes.
+
+    Args:
+        codes: K.
+        device: of the indices.
+        total: adds a tensor up over all processes; so the counts are the same on each, and in a checkpoint.
+    """
+
+    def __init__(self, codes: int, device: torch.device, total: Callable[[Tensor], Tensor]) -> None:
+        self.counts, self.total = torch.zeros(codes, dtype=torch.long, device=device), total
+
+    def count(self, indices: Tensor) -> None:
+        """Add this process's indices [B, h, w]; all processes call it together."""
+        self.counts += self.total(count_codes(indices, len(self.counts)))
+
+    def revive(self, codebooks: list[nn.Embedding], latents: Tensor, random: np.random.Generator) -> int:
+        """Set codes that were never chosen to latents drawn at random, start counting anew, return how many.
+
+        Args:
+            codebooks: the one that is trained, and the averaged one, which would take long to follow.
+            latents: [B, D, h, w] before quantization, of all processes.
+            random: draws the latents; the same on all processes.
+        """
+        dead = (self.counts == 0).nonzero().flatten()
+        self.counts.zero_()
+        vectors = latents.movedim(1, -1).flatten(0, -2)
+        chosen = random.choice(len(vectors), size=len(dead), replace=len(dead) > len(vectors))
+        fresh = vectors[torch.from_numpy(chosen).to(vectors.device)]
+        for codebook in codebooks:
+            codebook.weight.data[dead] = fresh.to(codebook.weight.dtype)
+        return len(dead)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.counts.copy_(state["counts"])

@@ -29,7 +29,7 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm import random
 from ldm.checkpoint import digest, writing
-from ldm.conditioning import Text
+from ldm.conditioning import Text, labels_of, text_of
 from ldm.config import UserError
 from ldm.data import DataConfig, Source
 from ldm.sampling import Squares, cores, read, slices
@@ -57,7 +57,7 @@ class LatentCache:
         self.ways = latents[0]["mean"].shape[1]
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """{"position", "index": [B], "mean", "std": [B,C,h,w], and "ids", "attend" or "tokens", or "label"}."""
+        """{"position", "index": [B], "mean", "std": [B,C,h,w], and what the conditioner reads or has read}."""
         positions, indices = (torch.tensor(column) for column in zip(*items, strict=True))
         way = (random.uniform(self.seed, "flip", positions) < 0.5).long() if self.ways == 2 else 0 * positions
         batch = {"position": positions, "index": indices}
@@ -106,21 +106,23 @@ def build(
         "latents",
         _encode(source, data, autoencoder, run),
     )
-    if not isinstance(conditioner, Text) or source.texts is None:
+    text = text_of(conditioner)
+    if text is None or source.texts is None:
         cache = LatentCache(latents, [], run.config.seed)
         cache.labels = source.labels
         return cache
     captions = sorted(set(source.texts))
-    weights = weight_hash(conditioner.encoder.state_dict()) if conditioner.frozen else "joint"
-    key = _key(VERSION, weights, conditioner.vocabulary_hash(), *captions)
+    weights = weight_hash(text.state_dict()) if text.frozen else "joint"
+    key = _key(VERSION, weights, text.vocabulary_hash(), *captions)
     conditions = _shards(
         folder / f"text-{key}",
         len(captions),
         run,
         "captions",
-        partial(starmap, _read(captions, conditioner, run)),
+        partial(starmap, _read(captions, text, run)),
     )
     cache = LatentCache(latents, conditions, run.config.seed)
+    cache.labels = source.labels if labels_of(conditioner) else None
     row = {caption: i for i, caption in enumerate(captions)}
     cache.which = torch.tensor([row[text] for text in source.texts])
     return cache
@@ -229,7 +231,7 @@ def _read(captions: list[str], conditioner: Text, run: Any) -> Callable[..., dic
         states = []
         for indices in slices(first, last, BATCH):
             read = conditioner.read([captions[i] for i in indices])
-            states.append(conditioner.encode(read["ids"].to(run.device), read["attend"].to(run.device)).cpu())
-        return {"tokens": torch.cat(states).contiguous()}
+            states.append(conditioner.encode({name: value.to(run.device) for name, value in read.items()}))
+        return {name: torch.cat([part[name].cpu() for part in states]).contiguous() for name in states[0]}
 
     return compute

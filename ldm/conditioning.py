@@ -1,4 +1,4 @@
-"""What the U-Net is told besides the noisy latents: nothing, a class label, or a caption.
+"""What the U-Net is told besides the noisy latents: nothing, a class label, a caption, or both of them.
 
 A conditioner turns a batch into a `Cond`. Dropping the condition for classifier-free guidance (Ho & Salimans
 2022) happens here, at run time and per sample, with one null: the empty caption, or the extra class at the end.
@@ -7,17 +7,15 @@ A conditioner turns a batch into a `Cond`. Dropping the condition for classifier
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError
+from ldm.encoders import Encoder, TextConfig, make_encoders
 
 
 class Cond(NamedTuple):
@@ -34,52 +32,23 @@ class Cond(NamedTuple):
         """Several conditions as one batch, in order."""
         return Cond(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*conds, strict=True)))
 
+    def sized(self, height: int, width: int) -> Cond:
+        """With `pooled`, the same with the `time_ids` of uncropped pictures of that size in pixels; else itself.
 
-class Conditioner(Protocol):
-    """Turns a batch into a `Cond`; also an `nn.Module`."""
-
-    def forward(self, batch: Mapping[str, Tensor]) -> Cond:
-        """Condition of a batch; where `batch["drop"]` [B] bool is true, the null condition."""
-        ...
-
-    def null(self, n: int) -> Cond:
-        """The condition of n samples about which nothing is said."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The text encoder."""
-
-    encoder: str | None = None
-    """A Hugging Face encoder, frozen: folder, hub name, or package:NAME/FOLDER inside an installed Python package.
-    Without it, a small one with its own tokenizer is trained jointly on the captions"""
-    max_length: int = 16
-    """Tokens a caption is padded or cut to"""
-    width: int = 128
-    """Of the small encoder: size of a token's state"""
-    layers: int = 2
-    """Of the small encoder"""
-    heads: int = 4
-    """Of the small encoder"""
-    vocabulary: int = 4096
-    """Of the small encoder: words at most, the most frequent ones; others are spelled out"""
-
-    def __post_init__(self) -> None:
-        small = {"width": 128, "layers": 2, "heads": 4, "vocabulary": 4096}
-        given = [name for name, default in small.items() if getattr(self, name) != default]
-        if self.encoder and given:
-            raise ValueError(
-                f"text.{given[0]} is of the small encoder, but text.encoder is set: remove one of the two"
-            )
+        It is what stock pipelines tell the U-Net unless they are asked for another.
+        """
+        if self.pooled is None:
+            return self
+        ids = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+        return self._replace(time_ids=ids.to(self.pooled.device).expand(len(self.pooled), -1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConditioningConfig:
     """What the model is told."""
 
-    kind: Literal["none", "class", "text"] = "text"
-    """none, class (labels or folder names), or text (captions)"""
+    kind: Literal["none", "class", "text", "class+text"] = "text"
+    """none, class (labels or folder names), text (captions), or class+text"""
     dropout: float = 0.1
     """Share of samples trained without their condition, which guidance needs"""
     text: TextConfig = field(default_factory=TextConfig)
@@ -87,7 +56,7 @@ class ConditioningConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"conditioning.dropout is {self.dropout}, but must lie in [0, 1)")
-        if self.kind != "text" and self.text != TextConfig():
+        if "text" not in self.kind and self.text != TextConfig():
             raise ValueError(
                 f"conditioning.text is set, but conditioning.kind is {self.kind}: remove one of the two"
             )
@@ -132,187 +101,194 @@ class ClassLabels(nn.Module):
 
 
 class Text(nn.Module):
-    """Captions through a Hugging Face encoder, frozen or trained jointly with the U-Net.
+    """Captions through one or two Hugging Face encoders, frozen or trained jointly with the U-Net.
 
-    The U-Net attends to all `max_length` states, padding included, as the stock pipelines do. The encoder itself
-    is given the mask only if its config says `use_attention_mask`, which is what stock pipelines go by.
+    The U-Net attends to all `max_length` states, padding included, as the stock pipelines do. Without a projection
+    they are the encoder's last ones, and it is given the mask only if its config says `use_attention_mask`, which
+    is what StableDiffusionPipeline goes by. With a projection, of this encoder or of a second one beside it, they
+    are those before the last layer, joined along the width, without a mask; the projection is `pooled`. So says
+    StableDiffusionXLPipeline.
+
+    Args:
+        encoders: one, or two of which the second projects.
+        frozen: the weights do not learn.
+        zero_null: null is all zeros instead of the empty caption, as SDXL's own weights have it.
     """
 
-    null_ids: Tensor
-    null_mask: Tensor
-
-    def __init__(self, tokenizer: Any, encoder: nn.Module, *, frozen: bool) -> None:
+    def __init__(self, *encoders: Encoder, frozen: bool, zero_null: bool = False) -> None:
         super().__init__()
-        self.tokenizer, self.encoder, self.frozen = tokenizer, encoder, frozen
+        if len(encoders) == 2 and [encoder.projects for encoder in encoders] != [False, True]:
+            raise ValueError(
+                "of two text encoders the second must have a projection, and the first must have none"
+            )
+        self.pools = encoders[-1].projects
+        self.tokenizers = [encoder.tokenizer for encoder in encoders]
+        self.encoder = encoders[0].model
+        self.encoder_2 = encoders[1].model if len(encoders) > 1 else None
+        self.frozen, self.zero_null = frozen, zero_null
         self.requires_grad_(not frozen)
-        if hasattr(encoder, "pooler"):  # its output is never used; DDP would wait for its gradient
-            encoder.pooler.requires_grad_(False)
-        empty = self.read([""])
-        self.register_buffer("null_ids", empty["ids"], persistent=False)
-        self.register_buffer("null_mask", empty["attend"], persistent=False)
+        for name, value in self.read([""]).items():
+            self.register_buffer(f"null_{name}", value, persistent=False)
+        if not frozen:
+            self._leave_out_what_no_state_depends_on()
+
+    def _leave_out_what_no_state_depends_on(self) -> None:
+        """A pooler, or the last layer of a first encoder beside a second: DDP would wait for a gradient for ever."""
+        weights = list(self.eval().parameters())
+        with torch.enable_grad():
+            total = torch.stack([states.sum() for states in self.encode(self.empty).values()]).sum()
+            for weight, gradient in zip(
+                weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True
+            ):
+                weight.requires_grad_(gradient is not None)
+        self.train()
 
     def train(self, mode: bool = True) -> Text:
         return super().train(mode and not self.frozen)  # a frozen encoder has no dropout
 
+    @property
+    def encoders(self) -> list[Any]:
+        """One or two."""
+        return [self.encoder] if self.encoder_2 is None else [self.encoder, self.encoder_2]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a caption is padded or cut to."""
+        return self.tokenizers[0].model_max_length
+
+    @property
+    def empty(self) -> dict[str, Tensor]:
+        """The empty caption as a batch of one."""
+        return {name.removeprefix("null_"): value for name, value in self.named_buffers(recurse=False)}
+
     def read(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Captions as a batch: {"ids": [B,L] int64, "attend": [B,L] int64}."""
-        read = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return {"ids": read.input_ids, "attend": read.attention_mask}
+        """Captions as a batch: {"ids", "attend": [B,L] int64}, of two encoders also "ids_2", "attend_2"."""
+        batch: dict[str, Tensor] = {}
+        for i, tokenizer in enumerate(self.tokenizers):
+            read = tokenizer(
+                list(captions),
+                padding="max_length",
+                truncation=True,
+                max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            )
+            end = f"_{i + 1}" if i else ""
+            batch |= {f"ids{end}": read.input_ids, f"attend{end}": read.attention_mask}
+        return batch
 
     def vocabulary_hash(self) -> str:
-        """Names what token ids mean. (The tokenizer's own text form also holds how it was last called.)"""
-        words = sorted(self.tokenizer.get_vocab().items()), self.tokenizer.model_max_length
-        return hashlib.sha256(repr(words).encode()).hexdigest()
+        """Names what token ids mean. (A tokenizer's own text form also holds how it was last called.)"""
+        words = [(sorted(t.get_vocab().items()), t.model_max_length) for t in self.tokenizers]
+        return hashlib.sha256(repr(words[0] if len(words) == 1 else words).encode()).hexdigest()
 
     def cut(self, captions: Sequence[str]) -> int:
-        """How many captions are longer than the tokenizer's limit."""
-        lengths = self.tokenizer(list(captions), truncation=False, padding=False, verbose=False).input_ids
-        return sum(len(ids) > self.tokenizer.model_max_length for ids in lengths)
+        """How many captions are longer than the tokenizers' limit."""
+        read = [t(list(captions), truncation=False, padding=False, verbose=False) for t in self.tokenizers]
+        lengths = zip(*([len(ids) for ids in one.input_ids] for one in read), strict=True)
+        return sum(max(of_one) > self.max_length for of_one in lengths)
 
-    def encode(self, ids: Tensor, attend: Tensor) -> Tensor:
-        """[B,L], [B,L] => states [B,L,D]."""
-        masked = getattr(self.encoder.config, "use_attention_mask", False)
+    def encode(self, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `read` made => {"tokens": states [B,L,D]}, and "pooled" [B,P] with a projection."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return self.encoder(input_ids=ids, attention_mask=attend if masked else None)[0]
+            if not self.pools:
+                masked = getattr(self.encoder.config, "use_attention_mask", False)
+                mask = read["attend"] if masked else None
+                return {"tokens": self.encoder(input_ids=read["ids"], attention_mask=mask)[0]}
+            said = [
+                encoder(input_ids=ids, output_hidden_states=True)
+                for encoder, ids in zip(self.encoders, (read["ids"], read.get("ids_2")), strict=False)
+            ]
+            states = torch.cat([one.hidden_states[-2] for one in said], dim=-1)
+            return {"tokens": states, "pooled": said[-1].text_embeds}
 
     def forward(self, batch: Mapping[str, Tensor]) -> Cond:
-        if "tokens" in batch:  # states from the cache, which only a frozen encoder has
-            tokens = batch["tokens"]
-            if "drop" in batch:
-                null = self.encode(self.null_ids, self.null_mask)
-                tokens = torch.where(batch["drop"][:, None, None], null, tokens)
-            return Cond(tokens=tokens)
-        ids, attend = batch["ids"], batch["attend"]
-        if "drop" in batch:
-            drop = batch["drop"][:, None]
-            ids, attend = torch.where(drop, self.null_ids, ids), torch.where(drop, self.null_mask, attend)
-        return Cond(tokens=self.encode(ids, attend))
+        cached = "tokens" in batch  # states, which only a frozen encoder has
+        told = {
+            name: batch[name] for name in (("tokens", "pooled") if cached else self.empty) if name in batch
+        }
+        if "drop" in batch and not cached:
+            told = dropped(batch["drop"], self.empty, told)
+        told = told if cached else self.encode(told)
+        if "drop" in batch and (cached or self.zero_null):
+            told = dropped(batch["drop"], self._null(), told)
+        return Cond(**told)
 
     def null(self, n: int) -> Cond:
-        return Cond(tokens=self.encode(self.null_ids, self.null_mask).expand(n, -1, -1))
+        return Cond(**{name: value.expand(n, *value.shape[1:]) for name, value in self._null().items()})
+
+    def _null(self) -> dict[str, Tensor]:
+        null = self.encode(self.empty)
+        return {name: torch.zeros_like(value) for name, value in null.items()} if self.zero_null else null
+
+
+def dropped(drop: Tensor, null: Mapping[str, Tensor], told: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors [B,...] with the rows where drop [B] is true replaced by those of `null` [1,...]."""
+    return {
+        name: torch.where(drop.view(-1, *[1] * (value.dim() - 1)), null[name], value)
+        for name, value in told.items()
+    }
+
+
+class ClassAndText(nn.Module):
+    """A class label, which joins the time embedding, and a caption, which is attended to; dropped together."""
+
+    def __init__(self, labels: ClassLabels, text: Text) -> None:
+        super().__init__()
+        self.labels, self.text = labels, text
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Cond:
+        return self.text(batch)._replace(label=self.labels(batch).label)
+
+    def null(self, n: int) -> Cond:
+        return self.text.null(n)._replace(label=self.labels.null(n).label)
+
+    def read(self, captions: Sequence[str], names: Sequence[str]) -> dict[str, Tensor]:
+        """Captions and as many class names as a batch; ValueError names an unknown class."""
+        return self.text.read(captions) | self.labels.read(names)
+
+
+Conditioner: TypeAlias = Unconditional | ClassLabels | Text | ClassAndText
+"""Turns a batch into a `Cond`, the null one where `batch["drop"]` [B] is true; `null(n)` is that of n samples."""
+
+
+def text_of(conditioner: nn.Module) -> Text | None:
+    """The part of a conditioner that reads captions."""
+    if isinstance(conditioner, ClassAndText):
+        return conditioner.text
+    return conditioner if isinstance(conditioner, Text) else None
+
+
+def labels_of(conditioner: nn.Module) -> ClassLabels | None:
+    """The part of a conditioner that reads names of classes."""
+    if isinstance(conditioner, ClassAndText):
+        return conditioner.labels
+    return conditioner if isinstance(conditioner, ClassLabels) else None
+
+
+def join(labels: ClassLabels | None, text: Text | None) -> Conditioner:
+    """The conditioner of these parts."""
+    if labels and text:
+        return ClassAndText(labels, text)
+    return labels or text or Unconditional()
 
 
 def make_conditioner(
     config: ConditioningConfig, texts: Sequence[str] | None, classes: Sequence[str]
-) -> nn.Module:
+) -> Conditioner:
     """The conditioner that `config` asks for; captions or classes come from the data."""
-    if config.kind == "none":
-        return Unconditional()
-    if config.kind == "class":
+    labels = text = None
+    if "class" in config.kind:
         if not classes:
             raise UserError(
-                "conditioning.kind is class, but the data has no classes; set data.label, or choose text."
+                f"conditioning.kind is {config.kind}, but the data has no classes; set data.label, or choose text."
             )
-        return ClassLabels(classes)
-    if not texts or not any(texts):
-        raise UserError(
-            "conditioning.kind is text, but the pictures have no captions; put a .txt beside each picture, "
-            "or a metadata.csv with the columns file_name and text, or choose class or none."
-        )
-    if config.text.encoder:
-        return pretrained_text(config.text.encoder, config.text.max_length)
-    return small_text(config.text, texts)
-
-
-def pretrained_text(name: str, max_length: int) -> Text:
-    """A frozen Hugging Face encoder with its tokenizer, by folder, hub name, or `package:NAME/FOLDER`.
-
-    Raises:
-        UserError: it can't be loaded from there.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    where = in_package(name.removeprefix("package:")) if name.startswith("package:") else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where, model_max_length=max_length)
-        encoder = encoder_class(AutoConfig.from_pretrained(where)).from_pretrained(
-            where, use_safetensors=True
-        )
-    except (OSError, ValueError) as problem:
-        first = str(problem).strip().splitlines()[0]
-        raise UserError(f"The text encoder {name} can't be loaded: {first}") from None
-    if "clip" not in encoder.config.model_type:
-        encoder.config.use_attention_mask = (
-            True  # trained so; the stock pipeline passes the mask on seeing this
-        )
-    return Text(tokenizer, encoder.float(), frozen=True)
-
-
-def encoder_class(config: Any) -> Any:
-    """The encoder half of what a config describes: stock pipelines know these classes by name."""
-    import transformers
-
-    halves = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
-    return getattr(transformers, halves.get(config.model_type, "AutoModel"))
-
-
-def in_package(path: str) -> Path:
-    """NAME/FOLDER inside an installed Python package, without importing it."""
-    package, _, folder = path.partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise UserError(
-            f"There is no Python package {package}; install it, or set conditioning.text.encoder."
-        )
-    return Path(next(iter(found.submodule_search_locations))) / folder
-
-
-def small_text(config: TextConfig, texts: Sequence[str]) -> Text:
-    """A small BERT-like encoder with random weights and a tokenizer made from `texts`."""
-    from transformers import DistilBertConfig, DistilBertModel
-
-    tokenizer = train_tokenizer(sorted(set(texts)), config.vocabulary, config.max_length)
-    encoder = DistilBertModel(
-        DistilBertConfig(
-            vocab_size=len(tokenizer),
-            max_position_embeddings=config.max_length,
-            dim=config.width,
-            hidden_dim=4 * config.width,
-            n_layers=config.layers,
-            n_heads=config.heads,
-            dropout=0.0,
-            attention_dropout=0.0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    return Text(tokenizer, encoder, frozen=False)
-
-
-def train_tokenizer(texts: Sequence[str], vocabulary: int, max_length: int) -> Any:
-    """A lower-casing tokenizer of the `vocabulary` most frequent words of `texts`, which spells out all others.
-
-    The vocabulary is a function of the texts alone, on every process and at every start: the trainers of the
-    `tokenizers` library break ties at random.
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
-    frequent = sorted(words, key=lambda word: (-words[word], word))[:vocabulary]
-    letters = sorted({letter for word in words for letter in word})
-    entries = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        *letters,
-        *(f"##{letter}" for letter in letters),
-        *frequent,
-    ]
-    numbers = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
-    tokenizer = Tokenizer(models.WordPiece(vocab=numbers, unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **names)
+        labels = ClassLabels(classes)
+    if "text" in config.kind:
+        if not texts or not any(texts):
+            raise UserError(
+                f"conditioning.kind is {config.kind}, but the pictures have no captions; put a .txt beside each "
+                "picture, or a metadata.csv with the columns file_name and text, or choose class or none."
+            )
+        frozen = bool(config.text.encoder) and config.text.weights == "pretrained"
+        text = Text(*make_encoders(config.text, texts), frozen=frozen)
+    return join(labels, text)

@@ -22,10 +22,12 @@ class UserError(Exception):
     """
 
 
-def command(prog: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., None]]:
+def command(
+    prog: str, explain: Callable[[BaseException], str | None] = lambda problem: None
+) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., None]]:
     """Decorates the `main(argv)` of a command: bad input ends in one sentence on stderr and exit code 1.
 
-    With LDM_DEBUG=1 in the environment the traceback is shown instead.
+    So does what `explain` has a sentence for. With LDM_DEBUG=1 in the environment the traceback is shown instead.
     """
 
     def decorate(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
@@ -35,10 +37,12 @@ def command(prog: str) -> Callable[[Callable[[Sequence[str]], None]], Callable[.
                 main(sys.argv[1:] if argv is None else argv)
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
-            except (UserError, OSError, ValueError) as problem:
-                if os.environ.get("LDM_DEBUG"):
+            except Exception as problem:
+                known = isinstance(problem, UserError | OSError | ValueError)
+                text = explain(problem) or (str(problem) if known else None)
+                if text is None or os.environ.get("LDM_DEBUG"):
                     raise
-                sentence = " ".join(str(problem).split()) or type(problem).__name__
+                sentence = " ".join(text.split()) or type(problem).__name__
                 print(f"{prog}: {sentence}", file=sys.stderr)
                 raise SystemExit(1) from None
 

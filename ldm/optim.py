@@ -49,11 +49,13 @@ def make_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> tor
     """One optimizer over the trainable parameters of `modules`."""
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
+    seen: set[int] = set()  # a tied weight belongs to several modules
     for module in modules:
         for parent in module.modules():
             for parameter in parent.parameters(recurse=False):
-                if not parameter.requires_grad:
+                if not parameter.requires_grad or id(parameter) in seen:
                     continue
+                seen.add(id(parameter))
                 # A lookup table has one row a word: its gradient is sparse, and orthogonalising it makes no sense.
                 matrix = parameter.ndim >= 2 and not isinstance(parent, nn.Embedding)
                 (matrices if matrix else vectors).append(parameter)

@@ -33,6 +33,10 @@ class RunConfig:
     """Checkpoints kept"""
     log_every: int = 50
     """Optimizer steps between lines in metrics.jsonl and the tracker"""
+    timeout: float = 1800.0
+    """Seconds without a step, or without an answer of another process, after which a run counts as hung and ends"""
+    shard: bool = False
+    """Give each process a part of weights, gradients and optimizer state (FSDP), for networks too large to repeat"""
     tracker: str = "tensorboard"
     """A tracker that Accelerate knows, or none"""
 
@@ -40,6 +44,8 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if not self.timeout > 0:
+            raise ValueError(f"run.timeout is {self.timeout}, but must be a positive number of seconds")
         if self.keep < 2:
             raise ValueError(
                 f"run.keep is {self.keep}, but must be at least 2: the newest may turn out damaged"

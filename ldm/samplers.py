@@ -25,6 +25,9 @@ from ldm.paths import Grid, Level
 Denoise = Callable[[Tensor, Level], Tensor]  # x_t [B,C,H,W] and its level => estimate of x_0 [B,C,H,W]
 Noise = Callable[[int], Tensor]  # step i => standard normal [B,C,H,W]
 Watch = Callable[[int, Tensor, Tensor], None]  # step i, x after it, the x_0 it aimed at
+Adjust = Callable[
+    [int, Tensor], Tensor
+]  # step i, x after it => x to go on with, such as with known parts restored
 
 
 class Sampler(Protocol):
@@ -38,6 +41,7 @@ class Sampler(Protocol):
         *,
         noise: Noise | None = None,
         watch: Watch | None = None,
+        adjust: Adjust | None = None,
     ) -> Tensor: ...
 
 
@@ -70,12 +74,15 @@ def ddim(
     eta: float = 0.0,
     noise: Noise | None = None,
     watch: Watch | None = None,
+    adjust: Adjust | None = None,
 ) -> Tensor:
     """DDIM (Song et al. 2021, eq. 12): the estimate of x_0 is used as it comes."""
     check(eta, noise)
     for i in range(len(grid)):
         x0 = denoise(x, grid[i])
         x = step(x, x0, grid, i, eta, noise)
+        if adjust:
+            x = adjust(i, x)
         if watch:
             watch(i, x, x0)
     return x
@@ -90,6 +97,7 @@ def dpmpp_2m(
     eta: float = 0.0,
     noise: Noise | None = None,
     watch: Watch | None = None,
+    adjust: Adjust | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): x_0 half a step ahead in lambda. eta = 1 is its SDE."""
     check(eta, noise)
@@ -98,6 +106,8 @@ def dpmpp_2m(
         x0 = denoise(x, grid[i])
         x = step(x, extrapolated(x0, last, grid, i), grid, i, eta, noise)
         last = x0
+        if adjust:
+            x = adjust(i, x)
         if watch:
             watch(i, x, x0)
     return x
@@ -105,7 +115,13 @@ def dpmpp_2m(
 
 @torch.no_grad()
 def unipc(
-    denoise: Denoise, x: Tensor, grid: Grid, *, noise: Noise | None = None, watch: Watch | None = None
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    *,
+    noise: Noise | None = None,
+    watch: Watch | None = None,
+    adjust: Adjust | None = None,
 ) -> Tensor:
     """UniPC-2 (Zhao et al. 2023), B(h) = e^h - 1: 2M predicts a step; it is redone knowing where it led."""
     before, x0, last = x, None, None
@@ -113,8 +129,12 @@ def unipc(
         new = denoise(x, grid[i])
         if x0 is not None:  # correct the step that brought us here
             x = step(before, corrected(new, x0, last, grid, i - 1), grid, i - 1)
+            if adjust:
+                x = adjust(i - 1, x)
         before, last, x0 = x, x0, new
         x = step(x, extrapolated(x0, last, grid, i), grid, i)
+        if adjust:
+            x = adjust(i, x)
         if watch:
             watch(i, x, x0)
     return x
@@ -141,7 +161,13 @@ def corrected(new: Tensor, x0: Tensor, last: Tensor | None, grid: Grid, i: int) 
 
 @torch.no_grad()
 def heun(
-    denoise: Denoise, x: Tensor, grid: Grid, *, noise: Noise | None = None, watch: Watch | None = None
+    denoise: Denoise,
+    x: Tensor,
+    grid: Grid,
+    *,
+    noise: Noise | None = None,
+    watch: Watch | None = None,
+    adjust: Adjust | None = None,
 ) -> Tensor:
     """Heun (Karras et al. 2022, algorithm 1): average the slope at both ends of the step; 2N - 1 evaluations.
 
@@ -164,6 +190,8 @@ def heun(
             ahead, x0 = change(y + d, i, at=i + 1)
             d = (d + ahead) / 2
         y = y + d
+        if adjust:
+            y = adjust(i, c[i + 1] * y) / c[i + 1]
         if watch:
             watch(i, c[i + 1] * y, x0)
     return c[-1] * y

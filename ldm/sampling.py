@@ -108,8 +108,10 @@ def cores(pictures: int) -> int:
     return max(1, min(16, len(os.sched_getaffinity(0)) // sharing))
 
 
-def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int) -> Iterator[Any]:
+def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int, timeout: float = 0) -> Iterator[Any]:
     """`dataset.__getitems__(batch)` of each batch, in order, prepared by worker processes; 0: by this one.
+
+    A worker that gives nothing for `timeout` seconds is taken for hung; 0 waits for ever.
 
     Raises:
         UserError: what went wrong in a worker, in the sentence that it raised there; or that one has died.
@@ -119,6 +121,7 @@ def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int) -> Iterat
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=as_is,
+        timeout=timeout if workers else 0,
     )
     try:
         for batch in loader:

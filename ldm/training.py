@@ -2,7 +2,7 @@
 
 run = Run(config.run, recipe=config)
 network, optimizer = run.prepare(network, optimizer)
-run.resume(network=network, ema=ema, optimizer=optimizer)
+run.resume(model, network=network, ema=ema, optimizer=optimizer)
 for batch in run.batches(dataset, order):
     with run.accelerator.accumulate(network):
         loss = ...
@@ -14,47 +14,33 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import psutil
 import torch
-import yaml
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from PIL import Image
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.files import write_text
 from ldm import checkpoint, random
-from ldm.config import UserError, differences, plain, to_yaml
-from ldm.contract import begun
+from ldm.config import UserError, to_yaml
 from ldm.data import Source
+from ldm.faults import GO_ON, Watchdog
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, best_precision
+from ldm.run_folder import is_finished, open_folder
+from ldm.run_log import RunLog
 from ldm.sampling import Squares, Stream, cores, read, slices
+from ldm.sharding import shard, whole
 from ldm.signals import StopSignals
-
-IMMATERIAL = (
-    "run.out",
-    "run.save_every",
-    "run.log_every",
-    "run.keep",
-    "run.tracker",
-    "show",
-    "workers",
-    "autoencoder",
-    "data.path",
-    "data.bad_share",
-    "data.max_megapixels",
-)
-"""Settings that may change between two starts of one run without changing what it learns: the contract holds the
-autoencoder and the pictures, wherever they lie."""
 
 LOST_STEPS_IN_A_ROW = 20
 """Steps without a finite gradient after which a run stops."""
@@ -63,7 +49,7 @@ LOST_STEPS_IN_A_ROW = 20
 Module = TypeVar("Module", bound=nn.Module)
 
 
-class Run:
+class Run(RunLog):
     """A training run in a folder: processes and precision, data order, randomness, checkpoints, logs.
 
     Attributes:
@@ -74,70 +60,60 @@ class Run:
     def __init__(self, config: RunConfig, recipe: Any) -> None:
         precision = best_precision() if config.precision == "auto" else config.precision
         tracker = None if config.tracker == "none" else config.tracker
-        self.config, self.recipe, self.out = config, recipe, Path(config.out)
-        self.accelerator = Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
             log_with=tracker,
-            project_dir=self.out,
+            project_dir=config.out,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
         )
-        self.device, self.main = self.accelerator.device, self.accelerator.is_main_process
-        shares = self.accelerator.num_processes * config.accumulate
+        super().__init__(Path(config.out), accelerator)
+        self.config, self.recipe = config, recipe
+        shares = accelerator.num_processes * config.accumulate
         if config.batch_size % shares:
             raise UserError(
-                f"run.batch_size {config.batch_size} can't be shared by {self.accelerator.num_processes} processes "
+                f"run.batch_size {config.batch_size} can't be shared by {accelerator.num_processes} processes "
                 f"with run.accumulate {config.accumulate}; make it a multiple of {shares}."
             )
+        if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise UserError(
+                "To share out the weights, launch without --use_fsdp and the like, and set run.shard."
+            )
+        if config.shard and precision == "fp16":
+            raise UserError("run.shard works with run.precision bf16 and no, not with fp16.")
+        self.sharded = config.shard and accelerator.num_processes > 1
         self.batch = config.batch_size // shares
-        self.step, self.lost = 0, 0
+        self.lost: dict[str, int] = {}
+        self.skipped = 0
         self._parts: dict[str, checkpoint.Stateful] = {}
-        self._sums: dict[str, tuple[Tensor | float, int]] = {}
-        self._remarks: dict[str, float] = {}
-        self._logged_loss: tuple[Tensor | float, int] = (math.nan, 1)
+        self._model: checkpoint.Model | None = None
+        self._published: Path | None = None
+        self._order = np.arange(0)
+        self._saved = -1
         self._earlier, self._began = 0.0, psutil.Process().create_time()
         self._signals = StopSignals(self.say)
+        self._watchdog, self._writer = Watchdog(config.timeout), checkpoint.Writer()
         set_seed(config.seed)
-        self._open_folder(tracker)
-        self.say(f"precision {precision}, {self.accelerator.num_processes} process(es) on {self.device}")
-
-    def _open_folder(self, tracker: str | None) -> None:
-        if self.main:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as problem:
-                raise UserError(
-                    f"The run folder {self.out} can't be made: {problem.strerror}; set run.out."
-                ) from None
-            self._refuse_another_recipe()
-            write_text(self.out / "config.yaml", to_yaml(self.recipe))
+        self._changed = open_folder(self.out, recipe) if self.main else []
         if tracker:
-            self.accelerator.init_trackers(tracker)
-
-    def _refuse_another_recipe(self) -> None:
-        saved = self.out / "config.yaml"
-        if not saved.exists() or not begun(self.out):
-            return
-        changed = [
-            change
-            for change in differences(yaml.safe_load(saved.read_text()), plain(self.recipe))
-            if not change.startswith(IMMATERIAL)
-        ]
-        if changed:
-            raise UserError(
-                f"{self.out} holds a run with other settings: {'; '.join(changed)}. "
-                "Set them back to go on with it, or choose another run.out."
-            )
-
-    def say(self, text: str) -> None:
-        """Print on the first process, above the progress bar."""
-        if self.main:
-            tqdm.write(text, file=sys.stderr)
+            accelerator.init_trackers(tracker)
+        self.say(f"precision {precision}, {accelerator.num_processes} process(es) on {self.device}")
 
     # --- weights -----------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
-        """Modules and optimizers, wrapped by Accelerate for this process."""
-        return self.accelerator.prepare(*objects)
+        """Modules and optimizers, wrapped by Accelerate for this process, and shared out if `run.shard` says so."""
+        if not self.sharded:
+            return self.accelerator.prepare(*objects)
+        modules = [o for o in objects if isinstance(o, nn.Module)]
+        shard(modules, [o for o in objects if not isinstance(o, nn.Module)])
+        # As for evaluation: with autocast, but without the gradient exchange of DDP, which sharding does itself.
+        return tuple(
+            self.accelerator.prepare_model(o, evaluation_mode=True)
+            if isinstance(o, nn.Module)
+            else self.accelerator.prepare(o)
+            for o in objects
+        )
 
     def place(self, module: Module) -> Module:
         """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
@@ -147,44 +123,69 @@ class Run:
         """The module itself, without Accelerate's wrapping: for saving, never for training."""
         return self.accelerator.unwrap_model(module)
 
-    def resume(self, **parts: checkpoint.Stateful) -> None:
-        """Name what checkpoints consist of, and go on from the newest sound one in the run folder, if any."""
-        unwrapped = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
-        self._parts = unwrapped | {"run": self}
+    def resume(self, model: checkpoint.Model, *, publish: bool = False, **parts: checkpoint.Stateful) -> None:
+        """Name what checkpoints consist of, and go on from the newest sound one in the run folder, if any.
+
+        Args:
+            model: lies in each checkpoint as the stock folder model/.
+            publish: OUT/model is the newest of those, sharing its files.
+            parts: everything that training changes, and checks of what it must not change.
+        """
+        self._model, self._published = model, self.out / "model" if publish else None
+        self._parts = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+        self._parts["run"] = self
         if self.accelerator.scaler:
             self._parts["scaler"] = self.accelerator.scaler
-        found = checkpoint.newest(self.out / "checkpoints")
-        if found:
-            checkpoint.restore(found, self._parts)
-            self.say(f"going on from {found}")
-        self._forget_later_metrics()
+        found = [checkpoint.newest(self.out / "checkpoints")] if self.main else [None]
+        (folder,) = broadcast_object_list(found)
+        if folder:
+            checkpoint.restore(folder, self._parts)
+            self._saved = self.step
+            self.say(f"going on from {folder}")
+        self.forget_later_metrics()
+        self._record_start()
 
-    def _forget_later_metrics(self) -> None:
-        """Lines of steps that were lost with a crash, and are done again, leave metrics.jsonl; so does a torn one."""
-
-        def kept(line: str) -> bool:
-            try:
-                return json.loads(line)["step"] <= self.step
-            except ValueError:
-                return False
-
-        metrics = self.out / "metrics.jsonl"
-        if self.main and metrics.exists():
-            write_text(metrics, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
+    def _record_start(self) -> None:
+        self.append(
+            "history.jsonl",
+            step=self.step,
+            processes=self.accelerator.num_processes,
+            device=str(self.device),
+            torch=torch.__version__,
+            changed=self._changed,
+        )
+        if self.main:
+            write_text(self.out / "config.yaml", to_yaml(self.recipe))
+            for change in self._changed:
+                self.say(f"changed since the last start: {change}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "samples": self.samples, "seconds": self.seconds}
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "seconds": self.seconds,
+            "lost": self.lost,
+            "skipped": self.skipped,
+            "notes": self.notes(),
+            "remarks": self._remarks,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self._earlier = state["step"], state["seconds"]
+        self.lost, self.skipped, self._remarks = state["lost"], state["skipped"], dict(state["remarks"])
+        self.take_up_notes(state["notes"])
 
     def save(self) -> None:
-        """Write checkpoints/step-XXXXXXXX."""
-        self.accelerator.wait_for_everyone()
+        """Write checkpoints/step-XXXXXXXX beside the training, which goes on once everything is copied to the CPU."""
+        self._writer.wait()
+        state = checkpoint.Snapshot(self._parts, self._model, keep=self.main)
+        self._saved = self.step
         if self.main:
             folder = self.out / "checkpoints" / f"step-{self.step:08d}"
-            checkpoint.save(folder, self._parts, {"config.yaml": to_yaml(self.recipe)}, self.config.keep)
-        self.accelerator.wait_for_everyone()
+            recipe = {"config.yaml": to_yaml(self.recipe)}
+            self._writer.start(
+                partial(checkpoint.write, folder, state, recipe, self.config.keep, self._published)
+            )
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ class Run:
             order: [M] the indices of one epoch.
             workers: processes that prepare batches beside this one; 0: this one does.
         """
-        total = self.config.steps * self.config.batch_size
+        total, self._order = self.config.steps * self.config.batch_size, order
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         stream = Stream(
             order,
@@ -230,17 +231,36 @@ class Run:
             smoothing=0.05,
             disable=not self.main,
         )
-        with bar, self._signals:
-            for batch in read(dataset, stream, workers):
-                torch.manual_seed(self._dropout_seed(batch))
-                positions = {"position": batch.pop("position")}  # read on the CPU, by `normal` and `uniform`
-                yield positions | {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
-                bar.update(self.samples - bar.n)
-                bar.set_postfix(self._latest(), refresh=False)
-                if self.accelerator.sync_gradients and (number := self._asked_to_stop()):
-                    self.save()
-                    self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
-                    raise SystemExit(128 + number)
+        try:
+            with bar, self._signals, self._watchdog:
+                for batch in read(dataset, stream, workers, self.config.timeout):
+                    self._watchdog.beat()
+                    self._writer.check()
+                    torch.manual_seed(self._dropout_seed(batch))
+                    positions = {
+                        "position": batch.pop("position")
+                    }  # read on the CPU, by `normal` and `uniform`
+                    yield positions | {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+                    self._show_progress(bar)
+                    if self.accelerator.sync_gradients and (number := self._asked_to_stop()):
+                        self._stop(number)
+        finally:
+            self._writer.wait()
+
+    def _show_progress(self, bar: tqdm) -> None:
+        if time.time() - bar.last_print_t >= bar.mininterval:  # asking for the loss waits for the device
+            losses = self._notes.get("loss")
+            loss = {"loss": f"{float(losses[-1]):.4f}"} if losses else {}
+            bar.set_postfix({"step": f"{self.step}/{self.config.steps}"} | loss, refresh=False)
+        bar.update(self.samples - bar.n)
+
+    def _stop(self, number: int) -> None:
+        if self._saved != self.step:
+            self.save()
+        self._writer.wait()
+        self.accelerator.wait_for_everyone()  # a process that leaves early has the launcher end the others
+        self.say(f"stopped after step {self.step}, saved; to go on, run the same command again")
+        raise SystemExit(128 + number)
 
     def _dropout_seed(self, batch: dict[str, Tensor]) -> int:
         """For what draws from PyTorch's own generator: another one on each process and in each step."""
@@ -253,32 +273,57 @@ class Run:
         asked = torch.tensor([self._signals.received], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
-    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig) -> None:
-        """Backward, clip, step. A gradient that is not finite skips the step on all processes together."""
-        self.accelerator.backward(loss)
+    def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
+        """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together.
+
+        A network that learns beside another, such as a discriminator, is named by `beside`, updated first, and
+        noted under its name; the update without a name ends the step and counts it.
+        """
+        # A loss of infinity can have a finite gradient; times NaN it has none, and none after the exchange.
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
+        prefix = f"{beside}_" if beside else ""
         if self.accelerator.sync_gradients:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = self.accelerator.clip_grad_norm_(parameters, self.config.max_norm)
+            norm = whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_norm))
             for group in optimizer.param_groups:
                 group["lr"] = rates.rate(self.step, self.config.steps)
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
+            self.lost[beside] = 0 if finite else self.lost.get(beside, 0) + 1
             if not finite:
-                self._lose_step(float(norm))
-            self.lost *= not finite
-            self.step += 1
-            self.note(gradient_norm=norm, learning_rate=optimizer.param_groups[0]["lr"])
+                self._lose_step(float(norm), beside)
+            self.step += not beside
+            rate = optimizer.param_groups[0]["lr"]
+            self.note(**{f"{prefix}gradient_norm": norm, f"{prefix}learning_rate": rate})
         optimizer.zero_grad(set_to_none=True)
-        self.note(loss=loss.detach())
+        self.note(**{f"{prefix}loss": loss.detach()})
 
-    def _lose_step(self, norm: float) -> None:
-        self.lost += 1
-        self.say(f"step {self.step}: the gradient's norm is {norm}; step skipped ({self.lost} in a row)")
-        if self.lost >= LOST_STEPS_IN_A_ROW:
+    def _lose_step(self, norm: float, beside: str) -> None:
+        whose, lost = f"the {beside}'s gradient" if beside else "the gradient", self.lost[beside]
+        self.skipped += 1
+        first = self.step * self.config.batch_size
+        batch = Stream(
+            self._order,
+            seed=self.config.seed,
+            batch=self.config.batch_size,
+            start=first,
+            stop=first + self.config.batch_size,
+            rank=0,
+            ranks=1,
+        )
+        self.append(
+            "skipped.jsonl", step=self.step, norm=str(norm), indices=[i for _, i in next(iter(batch))]
+        )
+        self.say(
+            f"step {self.step}: {whose} has the norm {norm}; step skipped ({lost} in a row, {self.skipped} in all); "
+            "skipped.jsonl has the indices of its samples"
+        )
+        if lost >= LOST_STEPS_IN_A_ROW:
             raise UserError(
-                f"{self.lost} steps in a row had no finite gradient; the last checkpoint is good. "
-                "Lower optimizer.lr, or set run.precision to no."
+                f"{lost} steps in a row had no finite gradient; the last checkpoint is good. "
+                f"Look at the samples in {self.out}/skipped.jsonl, lower optimizer.lr, or set run.precision to "
+                f"no; {GO_ON}."
             )
 
     # --- randomness --------------------------------------------------------------------------------------------
@@ -291,53 +336,11 @@ class Run:
         """Uniform numbers [B] in (0, 1), float64, on the CPU, likewise."""
         return random.uniform(self.config.seed, purpose, batch["position"])
 
-    # --- what the person sees ----------------------------------------------------------------------------------
-
-    def picture(self, sheet: Image.Image, name: str) -> None:
-        """Save a picture as samples/NAME-STEP.png."""
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
-        file = folder / f"{name}-{self.step:08d}.png"
-        with checkpoint.writing(file):
-            sheet.save(file)
-        for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
-
-    def note(self, **values: Tensor | float) -> None:
-        """Add to the running means that `log` writes; called by all processes alike."""
-        for name, value in values.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
-
-    def remark(self, **values: float) -> None:
-        """Values for the next `log` that the first process alone knows."""
-        self._remarks |= values
-
-    def _latest(self) -> dict[str, str]:
-        total, count = self._sums.get("loss", self._logged_loss)
-        return {"step": f"{self.step}/{self.config.steps}", "loss": f"{float(total) / count:.4f}"}
-
-    def log(self) -> None:
-        """Write the means since the last call, over all processes, and the remarks, to files and the tracker."""
-        names = sorted(self._sums)
-        sums = torch.tensor([float(total) / count for total, count in (self._sums[name] for name in names)])
-        means = self.accelerator.reduce(sums.to(self.device), "mean").tolist()
-        values = dict(zip(names, means, strict=True)) | self._remarks
-        self._logged_loss = (values.get("loss", math.nan), 1)
-        self._sums, self._remarks = {}, {}
-        if self.main:
-            metrics = self.out / "metrics.jsonl"
-            with checkpoint.writing(metrics), metrics.open("a") as file:
-                file.write(json.dumps({"step": self.step, "time": round(time.time(), 2)} | values) + "\n")
-        self.accelerator.log(values, step=self.step)
+    # --- the end -------------------------------------------------------------------------------------------
 
     def finished(self) -> bool:
         """Whether this run has been trained to its last step and its result lies in the folder; says so."""
-        try:
-            done = json.loads((self.out / "result.json").read_text())["step"] == self.config.steps
-        except (OSError, ValueError, KeyError):
-            return False
+        done = is_finished(self.out, self.config.steps)
         if done:
             self.say(f"{self.out} is finished; its model is in {self.out}/model")
         return done

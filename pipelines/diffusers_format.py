@@ -1,7 +1,8 @@
 """Models as stock diffusers folders.
 
-A model of captions is a `StableDiffusionPipeline`. A model of classes or of nothing consists of the same stock
-parts, listed in `model_index.json` with the class names under `id2label`, as `DiTPipeline` keeps them.
+A model of captions is a `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline` if its encoders make one vector
+of a caption besides the states. A model of classes, of both or of nothing consists of the same stock parts, listed in
+`model_index.json` with the class names under `id2label`, as `DiTPipeline` keeps them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 from autoencoder.files import written_beside
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
-from ldm.conditioning import ClassLabels, Text, Unconditional, encoder_class
+from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
+from ldm.encoders import Encoder, encoder_class
 from ldm.prediction import make_prediction
 from ldm.unet import UNet
-from pipelines.schedulers import from_scheduler_config, scheduler_config
+from pipelines.schedulers import DIFFUSERS_VERSION, from_scheduler_config, scheduler_config
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
 
 INDEX = "model_index.json"
 OURS = "LatentDiffusionPipeline"
-TEXT = "StableDiffusionPipeline"
+TEXT, POOLED = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+ZERO_NULL = "force_zeros_for_empty_prompt"  # of POOLED
 FILES = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
 
 
@@ -34,33 +37,37 @@ def save(model: LatentDiffusion, folder: Path) -> None:
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     }
-    scheduler = scheduler_config(model.path, model.prediction.name, model.sampler)
+    scheduler = scheduler_config(model.path, model.prediction.name, model.sampler, model.spacing)
     parts["scheduler"] = ["diffusers", scheduler["_class_name"]]
     with written_beside(folder) as fresh:
         model.unet.save_pretrained(fresh / "unet")
         model.autoencoder.save_pretrained(fresh / "vae")
         write_json(fresh / "scheduler" / "scheduler_config.json", scheduler)
-        index: dict[str, Any] = {"_class_name": OURS}
-        if isinstance(model.conditioner, Text):
-            index["_class_name"] = TEXT
-            parts |= _save_text(model.conditioner, fresh)
-        elif isinstance(model.conditioner, ClassLabels):
-            index["id2label"] = dict(enumerate(model.conditioner.classes))
+        index: dict[str, Any] = {"_class_name": OURS, "_diffusers_version": DIFFUSERS_VERSION}
+        text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+        if text:
+            index["_class_name"] = OURS if labels else POOLED if text.pools else TEXT
+            parts |= _save_text(text, fresh)
+        if labels:
+            index["id2label"] = dict(enumerate(labels.classes))
         index["_autoencoder_sha256"] = weight_hash(model.autoencoder.state_dict())
         write_json(fresh / INDEX, index | parts)
 
 
-def _save_text(conditioner: Text, fresh: Path) -> dict[str, Any]:
-    conditioner.tokenizer.save_pretrained(fresh / "tokenizer")
-    conditioner.encoder.save_pretrained(fresh / "text_encoder")  # type: ignore[operator]
-    return {
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "text_encoder": ["transformers", type(conditioner.encoder).__name__],
-        "tokenizer": ["transformers", tokenizer_class(conditioner.tokenizer)],
-    }
+def _save_text(text: Text, fresh: Path) -> dict[str, Any]:
+    """Encoders and tokenizers into their folders => their lines of the index."""
+    lines: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    if text.pools:
+        lines |= {"text_encoder": [None, None], "tokenizer": [None, None], ZERO_NULL: text.zero_null}
+    else:
+        lines |= {"safety_checker": [None, None], "requires_safety_checker": False}
+    ends = ["", "_2"] if len(text.encoders) == 2 else ["_2" if text.pools else ""]
+    for end, encoder, tokenizer in zip(ends, text.encoders, text.tokenizers, strict=True):
+        encoder.save_pretrained(fresh / f"text_encoder{end}")
+        tokenizer.save_pretrained(fresh / f"tokenizer{end}")
+        lines[f"text_encoder{end}"] = ["transformers", type(encoder).__name__]
+        lines[f"tokenizer{end}"] = ["transformers", tokenizer_class(tokenizer)]
+    return lines
 
 
 def tokenizer_class(tokenizer: Any) -> str:
@@ -82,13 +89,13 @@ def load(model: str | Path) -> dict[str, Any]:
     folder = find(model)
     index = json.loads((folder / INDEX).read_text())
     kind = index.get("_class_name")
-    if kind not in (OURS, TEXT):
-        raise UserError(f"{folder} holds a {kind}; this tool draws with {TEXT} and {OURS} folders.")
+    if kind not in (OURS, TEXT, POOLED):
+        raise UserError(f"{folder} holds a {kind}; this tool draws with {TEXT}, {POOLED} and {OURS} folders.")
     autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
     made_for = index.get("_autoencoder_sha256")
     if made_for and made_for != weight_hash(autoencoder.state_dict()):
         raise UserError(f"The autoencoder in {folder}/vae is not the one that the U-Net was trained with.")
-    path, prediction, sampler = from_scheduler_config(
+    path, prediction, sampler, spacing = from_scheduler_config(
         json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     )
     return {
@@ -98,20 +105,29 @@ def load(model: str | Path) -> dict[str, Any]:
         "path": path,
         "prediction": make_prediction(prediction, path),
         "sampler": sampler,
+        "spacing": spacing,
     }
 
 
-def load_conditioner(folder: Path, index: dict[str, Any]) -> Any:
-    """Captions, classes or nothing, as `model_index.json` says."""
-    if index["_class_name"] == OURS:
-        names = index.get("id2label")
-        return ClassLabels([names[str(i)] for i in range(len(names))]) if names else Unconditional()
+def load_conditioner(folder: Path, index: dict[str, Any]) -> Conditioner:
+    """Captions, classes, both or nothing, as `model_index.json` says."""
     from transformers import AutoConfig, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    found = encoder_class(AutoConfig.from_pretrained(folder / "text_encoder"))
-    encoder = found.from_pretrained(folder / "text_encoder", use_safetensors=True)
-    return Text(tokenizer, encoder.float(), frozen=True).eval()
+    encoders = []
+    for end in ("", "_2"):
+        if (index.get(f"text_encoder{end}") or [None])[0]:
+            where = folder / f"text_encoder{end}"
+            made = encoder_class(AutoConfig.from_pretrained(where), projects=bool(end))
+            encoder = made.from_pretrained(where, use_safetensors=True).float()
+            encoders.append(Encoder(AutoTokenizer.from_pretrained(folder / f"tokenizer{end}"), encoder))
+    text = Text(*encoders, frozen=True, zero_null=zero_null(index)).eval() if encoders else None
+    names = index.get("id2label")
+    return join(ClassLabels([names[str(i)] for i in range(len(names))]) if names else None, text)
+
+
+def zero_null(index: dict[str, Any]) -> bool:
+    """Whether nothing said is all zeros, not the empty caption: a stock default of `StableDiffusionXLPipeline`."""
+    return bool(index.get(ZERO_NULL, index["_class_name"] == POOLED))
 
 
 def find(model: str | Path) -> Path:

@@ -14,19 +14,20 @@ from typing import Self
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
-from ldm.conditioning import ClassLabels, Cond, Text, Unconditional
+from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, text_of
 from ldm.denoiser import Denoiser
 from ldm.guidance import guided
-from ldm.paths import Flow
+from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
 from ldm.prediction import Prediction
-from ldm.samplers import SAMPLERS, Noise
+from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
 from ldm.unet import UNet
 from pipelines.schedulers import sampling_grid
 
@@ -35,15 +36,17 @@ from pipelines.schedulers import sampling_grid
 class LatentDiffusion:
     """Everything that drawing needs. All parts live on one device; weights are not changed.
 
-    `sampler` is the one that is used unless a call names another, and the one that a saved folder names.
+    `sampler` is the one that is used unless a call names another, and the one that a saved folder names, with the
+    `spacing` of its steps; without, the sampler's usual one.
     """
 
     autoencoder: AutoencoderKL
     unet: UNet
-    conditioner: nn.Module
+    conditioner: Conditioner
     path: NoisePath
     prediction: Prediction
     sampler: str = "dpmpp_2m"
+    spacing: Spacing | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,57 +63,85 @@ class LatentDiffusion:
         self,
         prompts: str | Sequence[str] | None = None,
         *,
+        classes: str | Sequence[str] | None = None,
         steps: int = 30,
         sampler: str | None = None,
+        spacing: Spacing | None = None,
         guidance: float = 4.0,
         negative: str = "",
         n: int = 1,
         seed: int = 0,
         size: tuple[int, int] | None = None,
         batch: int = 16,
+        tile: int | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw `n` pictures for each prompt, in the order of the prompts.
 
         Args:
             prompts: captions, or names of classes; None for a model that is told nothing.
+            classes: for a model of both, the name of a class, or one for each caption.
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
+            spacing: of the steps, one of the path's; by default the model's, or that usual for another sampler.
             guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
             negative: caption to be guided away from; only for models of captions.
             seed: picture i is drawn from seed + i, whatever is drawn beside it.
             size: (width, height) in pixels; by default that of training.
             batch: pictures drawn together.
+            tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
+                which is shared with each neighbour: memory for one tile, faint seams (`autoencoder.tiling`).
 
         Raises:
             ValueError: names an argument that is out of range, an unknown sampler or class.
         """
-        sampler = sampler or self.sampler
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        if tile is not None:
+            tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
             require_int(name, value, 1, 2**31)
         require_int("seed", seed, 0, 2**62)
-        read = self.read(prompts, n)
+        read = self.read(prompts, n, classes)
         count = len(next(iter(read.values()))) if read else n
         shape = self.latent_shape(size)
-        path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
-        grid, start = sampling_grid(path, sampler, steps)
+        sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
             for first in range(0, count, batch):
                 last = min(count, first + batch)
-                cond = self.conditioner({k: v[first:last].to(self.device) for k, v in read.items()})
-                null = self.null(negative, last - first)
+                some = {key: value[first:last] for key, value in read.items()}
+                denoise = self.guided(some, last - first, shape, guidance, negative)
                 noise = noise_of(range(seed + first, seed + last), shape, self.device)
-                denoise = guided(self.denoiser(), cond, null, guidance)
-                z = SAMPLERS[sampler](denoise, noise(-1) * start, grid, noise=noise)
-                images += to_images(self.decode(z))
+                z = sample(denoise, noise(-1) * start, grid, noise=noise)
+                images += to_images(self.decode(z, tile))
                 bar.update(last - first)
         return images
 
-    def read(self, prompts: str | Sequence[str] | None, n: int) -> dict[str, Tensor]:
+    def sampler_for(
+        self, sampler: str | None, steps: int, shape: Sequence[int], spacing: Spacing | None = None
+    ) -> tuple[Sampler, Grid, float]:
+        """A sampler, by default the model's, its levels for latents of (C, h, w), and what the first noise is times."""
+        spacing = spacing or (self.spacing if sampler in (None, self.sampler) else None)
+        sampler = sampler or self.sampler
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
+        return SAMPLERS[sampler], *sampling_grid(path, sampler, steps, spacing)
+
+    def guided(
+        self, read: dict[str, Tensor], n: int, shape: Sequence[int], guidance: float, negative: str = ""
+    ) -> Denoise:
+        """What a sampler takes, for n samples with latents of (C, h, w), told what `read` gave."""
+        height, width = (side * self.autoencoder.config.factor for side in shape[1:])
+        cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
+        null = self.null(negative, n)
+        return guided(self.denoiser(), cond.sized(height, width), null.sized(height, width), guidance)
+
+    def read(
+        self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Prompts, each n times, as the conditioner's batch."""
+        if classes is not None and not isinstance(self.conditioner, ClassAndText):
+            raise ValueError("classes are given, but this model is not told both captions and classes")
         if isinstance(self.conditioner, Unconditional):
             if prompts is not None:
                 raise ValueError("prompts are given, but this model draws without; leave them out")
@@ -118,7 +149,18 @@ class LatentDiffusion:
         if prompts is None:
             raise ValueError(f"prompts is None, but this model needs {self.needs}")
         names = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.conditioner.read([name for name in names for _ in range(n)])  # type: ignore[operator]
+        repeated = [name for name in names for _ in range(n)]
+        if not isinstance(self.conditioner, ClassAndText):
+            return self.conditioner.read(repeated)
+        if classes is None:
+            raise ValueError("classes is None, but this model needs the name of a class with each caption")
+        given = [classes] if isinstance(classes, str) else list(classes)
+        given = given * len(names) if len(given) == 1 else given
+        if len(given) != len(names):
+            raise ValueError(
+                f"there are {len(given)} classes for {len(names)} prompts; give one, or one a prompt"
+            )
+        return self.conditioner.read(repeated, [name for name in given for _ in range(n)])
 
     @property
     def needs(self) -> str:
@@ -128,14 +170,14 @@ class LatentDiffusion:
     def null(self, negative: str, n: int) -> Cond:
         """The condition to be guided away from, for n samples."""
         if not negative:
-            return self.conditioner.null(n)  # type: ignore[operator]
-        if not isinstance(self.conditioner, Text):
+            return self.conditioner.null(n)
+        text = text_of(self.conditioner)
+        if text is None:
             raise ValueError(
                 f"negative is {negative!r}, but only a model of captions can be told what to avoid"
             )
-        return self.conditioner(
-            {k: v.to(self.device) for k, v in self.conditioner.read([negative] * n).items()}
-        )
+        avoid = text({k: v.to(self.device) for k, v in text.read([negative] * n).items()})
+        return self.conditioner.null(n)._replace(tokens=avoid.tokens, pooled=avoid.pooled)
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
         """(C, h, w) for a picture of (width, height) pixels."""
@@ -157,10 +199,20 @@ class LatentDiffusion:
     def denoiser(self) -> Denoiser:
         return Denoiser(self.unet, self.path, self.prediction)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]."""
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [B,3,H,W] in [-1, 1] => latents [B,C,h,w]: the posterior's mean, or the sample `noise` stands for."""
+        config, posterior = self.autoencoder.config, self.autoencoder.encode(pixels)
+        z = posterior.mean if noise is None else posterior.sample(noise)
+        return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def decode(self, z: Tensor, tile: int | None = None) -> Tensor:
+        """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; those larger than `tile` one by one, in tiles."""
         config = self.autoencoder.config
-        return self.autoencoder.decode(z / config.scaling_factor + (config.shift_factor or 0.0))
+        raw = z / config.scaling_factor + (config.shift_factor or 0.0)
+        if tile is None or max(raw.shape[2:]) * config.factor <= tile:
+            return self.autoencoder.decode(raw)
+        parts = [tiling.decode(self.autoencoder, one, tile=tile) for one in raw.split(1)]
+        return torch.cat(parts)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""

@@ -23,7 +23,7 @@ TEMPLATE = """<!doctype html>
 :root { color-scheme: light dark; --ink: light-dark(#222, #ddd); --line: light-dark(#ddd, #444); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: var(--ink); }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-.verdict { padding: .8rem 1rem; border-left: 4px solid; }
+.verdict { margin: .4rem 0; padding: .4rem 1rem; border-left: 4px solid; }
 .good { border-color: #2e8b57; } .doubtful { border-color: #d9a514; } .bad { border-color: #c0392b; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from autoencoder.files import write_text
-from ldm.conditioning import ClassLabels
+from ldm.conditioning import ClassAndText, ClassLabels
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
 from ldm.pictures import to_tensor
@@ -31,7 +32,9 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
         list(source.classes) if isinstance(drawer.conditioner, ClassLabels) else captions_of_classes(source)
     )
     recogniser = train_recogniser(data)
-    images = drawer(prompts, n=each, steps=steps, guidance=guidance, seed=seed, batch=32, progress=True)
+    classes = source.classes if isinstance(drawer.conditioner, ClassAndText) else None
+    drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
+    images = drawer(prompts, classes=classes, n=each, batch=32, progress=True, **drawing)
     truth = [name for name in recogniser.classes for _ in range(each)]
     named = recogniser.names(torch.stack([to_tensor(image) for image in images]))
     right = [name == true for name, true in zip(named, truth, strict=True)]
@@ -44,7 +47,7 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
         "classes": len(recogniser.classes),
         "classifier_accuracy": recogniser.accuracy,
         "missed": missed,
-        "drawing": {"steps": steps, "guidance": guidance, "seed": seed, "sampler": drawer.sampler},
+        "drawing": drawing | {"sampler": drawer.sampler},
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
     sheet = out.with_suffix(".png")

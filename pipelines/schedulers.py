@@ -1,10 +1,11 @@
-"""Our (path, prediction, sampler) as a stock scheduler_config.json, and back.
+"""Our (path, prediction, sampler, spacing) as a stock scheduler_config.json, and back.
 
 The table says which diffusers class draws exactly what we draw, at any number of steps. Where none does, the
 row is left out and asking for it is an error: there is no EDM class of Heun or UniPC, and FlowMatch classes
 have no init_noise_sigma, so that StableDiffusionPipeline can't run them. Nor is a class used that is only
 nearly right: DDIMScheduler lands at t - 1000 // steps, which is the next level only if steps divides 1000; instead,
-DPM-Solver++ of order 1 is the same sampler. DDPM and Heun have their own idea of zero terminal SNR.
+DPM-Solver++ of order 1 is the same sampler. DDPM and Heun have their own idea of zero terminal SNR. Leading VP
+spacing is not exported, since StableDiffusionPipeline moves it up by one level. See docs/log.md for each refusal.
 """
 
 from __future__ import annotations
@@ -25,42 +26,67 @@ class Stock:
     """A diffusers scheduler class that draws exactly as we do."""
 
     name: str
-    spacing: Spacing  # of our grid
+    spacings: Mapping[Spacing, Mapping[str, Any]]  # of our grid, the usual one first; the keys that say so
     predictions: tuple[str, ...]
     fixed: dict[str, Any] = field(default_factory=dict)
     starts_at_sigma: bool = False  # multiplies the first noise by its sigma; the others by grid.start
     zero_terminal_snr: bool = True  # takes rescale_betas_zero_snr, as we do
 
+    @property
+    def spacing(self) -> Spacing:
+        """The usual one."""
+        return next(iter(self.spacings))
+
 
 UNREAD = "steps_offset"  # without effect at these spacings; stock pipelines warn of another value than 1
-TRAILING = {"timestep_spacing": "trailing", "steps_offset": 1}
-UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+TRAILING: dict[str, Any] = {"timestep_spacing": "trailing", "steps_offset": 1}
+UNSPACED: dict[str, Any] = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 ODE, SDE = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}
 FIRST, SECOND = {"solver_order": 1}, {"solver_order": 2}
 ALWAYS = {"thresholding": False, "lower_order_final": True, "final_sigmas_type": "zero"}
-DPM = ALWAYS | UNSPACED | {"solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False}
-UNIPC = ALWAYS | UNSPACED | SECOND | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
+DPM = ALWAYS | {"solver_type": "midpoint", "euler_at_final": False, "use_lu_lambdas": False}
+UNIPC = ALWAYS | SECOND | {"solver_type": "bh2", "predict_x0": True, "disable_corrector": []}
 DDPM = {"variance_type": "fixed_small", "clip_sample": False, "thresholding": False}
-EDM_DPM = ALWAYS | {"solver_type": "midpoint", "euler_at_final": False, "sigma_schedule": "karras"}
+EDM_DPM = ALWAYS | {"solver_type": "midpoint", "euler_at_final": False}
+AS_TOLD: dict[Spacing, dict[str, Any]] = {"trailing": TRAILING}
+SPACED: dict[Spacing, dict[str, Any]] = {
+    "trailing": TRAILING | UNSPACED,
+    "karras": TRAILING | UNSPACED | {"use_karras_sigmas": True},
+    "exponential": TRAILING | UNSPACED | {"use_exponential_sigmas": True},
+}
+EDM_SPACED: dict[Spacing, dict[str, Any]] = {
+    "karras": {"sigma_schedule": "karras"},
+    "exponential": {"sigma_schedule": "exponential"},
+}
 
 
-def vp(name: str, fixed: Mapping[str, Any], *, sample: bool = True, **traits: bool) -> Stock:
+def vp(
+    name: str,
+    fixed: Mapping[str, Any],
+    spacings: Mapping[Spacing, Mapping[str, Any]] = AS_TOLD,
+    *,
+    sample: bool = True,
+    **traits: bool,
+) -> Stock:
     """A row of the VP path."""
     predictions: tuple[str, ...] = ("epsilon", "v", "sample") if sample else ("epsilon", "v")
-    return Stock(
-        name=name, spacing="trailing", predictions=predictions, fixed=TRAILING | dict(fixed), **traits
-    )
+    return Stock(name=name, spacings=spacings, predictions=predictions, fixed=dict(fixed), **traits)
 
 
 def flow(name: str, spacing: Spacing, fixed: Mapping[str, Any]) -> Stock:
     """A row of the flow path. Stock v_prediction takes alpha^2 + sigma^2 for 1, which it is not there."""
-    fixed = {"use_flow_sigmas": True, "timestep_spacing": "linspace", "steps_offset": 1} | dict(fixed)
-    return Stock(name=name, spacing=spacing, predictions=("flow", "epsilon", "sample"), fixed=fixed)
+    spaced = {spacing: UNSPACED | {"timestep_spacing": "linspace", "steps_offset": 1}}
+    fixed = {"use_flow_sigmas": True} | dict(fixed)
+    return Stock(name=name, spacings=spaced, predictions=("flow", "epsilon", "sample"), fixed=fixed)
 
 
 def edm(name: str, fixed: Mapping[str, Any]) -> Stock:
     """A row of the EDM path."""
-    return Stock(name=name, spacing="karras", predictions=("edm", "v"), fixed=dict(fixed))
+    return Stock(name=name, spacings=EDM_SPACED, predictions=("edm", "v"), fixed=dict(fixed))
 
 
 VP_DPM = DPM | {"use_flow_sigmas": False}
@@ -68,8 +94,13 @@ EULER = UNSPACED | {"interpolation_type": "linear", "timestep_type": "discrete",
 
 # Where two samplers are the same one, the name that `from_scheduler_config` gives back comes first.
 TABLE: dict[tuple[str, str], Stock] = {
-    ("vp", "ddpm"): vp("DDPMScheduler", DDPM, zero_terminal_snr=False),
-    ("vp", "ddim"): vp("DPMSolverMultistepScheduler", VP_DPM | FIRST | ODE),
+    ("vp", "ddpm"): vp(
+        "DDPMScheduler",
+        DDPM,
+        AS_TOLD | {"linspace": TRAILING | {"timestep_spacing": "linspace"}},
+        zero_terminal_snr=False,
+    ),
+    ("vp", "ddim"): vp("DPMSolverMultistepScheduler", VP_DPM | FIRST | ODE, SPACED),
     ("vp", "euler"): vp("EulerDiscreteScheduler", EULER, starts_at_sigma=True),
     ("vp", "euler_ancestral"): vp("EulerAncestralDiscreteScheduler", {}, sample=False, starts_at_sigma=True),
     ("vp", "heun"): vp(
@@ -78,9 +109,9 @@ TABLE: dict[tuple[str, str], Stock] = {
         starts_at_sigma=True,
         zero_terminal_snr=False,
     ),
-    ("vp", "dpmpp_2m"): vp("DPMSolverMultistepScheduler", VP_DPM | SECOND | ODE),
-    ("vp", "dpmpp_2m_sde"): vp("DPMSolverMultistepScheduler", VP_DPM | SECOND | SDE),
-    ("vp", "unipc"): vp("UniPCMultistepScheduler", UNIPC | {"use_flow_sigmas": False}),
+    ("vp", "dpmpp_2m"): vp("DPMSolverMultistepScheduler", VP_DPM | SECOND | ODE, SPACED),
+    ("vp", "dpmpp_2m_sde"): vp("DPMSolverMultistepScheduler", VP_DPM | SECOND | SDE, SPACED),
+    ("vp", "unipc"): vp("UniPCMultistepScheduler", UNIPC | {"use_flow_sigmas": False}, SPACED),
     ("flow", "euler"): flow("DPMSolverMultistepScheduler", "leading", DPM | FIRST | ODE),
     ("flow", "ddim"): flow("DPMSolverMultistepScheduler", "leading", DPM | FIRST | ODE),
     ("flow", "euler_ancestral"): flow("DPMSolverMultistepScheduler", "leading", DPM | FIRST | SDE),
@@ -88,8 +119,8 @@ TABLE: dict[tuple[str, str], Stock] = {
     ("flow", "dpmpp_2m"): flow("DPMSolverMultistepScheduler", "leading", DPM | SECOND | ODE),
     ("flow", "dpmpp_2m_sde"): flow("DPMSolverMultistepScheduler", "leading", DPM | SECOND | SDE),
     ("flow", "unipc"): flow("UniPCMultistepScheduler", "trailing", UNIPC),
-    ("edm", "euler"): edm("EDMEulerScheduler", {"sigma_schedule": "karras", "final_sigmas_type": "zero"}),
-    ("edm", "ddim"): edm("EDMEulerScheduler", {"sigma_schedule": "karras", "final_sigmas_type": "zero"}),
+    ("edm", "euler"): edm("EDMEulerScheduler", {"final_sigmas_type": "zero"}),
+    ("edm", "ddim"): edm("EDMEulerScheduler", {"final_sigmas_type": "zero"}),
     ("edm", "euler_ancestral"): edm("EDMDPMSolverMultistepScheduler", EDM_DPM | FIRST | SDE),
     ("edm", "ddpm"): edm("EDMDPMSolverMultistepScheduler", EDM_DPM | FIRST | SDE),
     ("edm", "dpmpp_2m"): edm("EDMDPMSolverMultistepScheduler", EDM_DPM | SECOND | ODE),
@@ -98,6 +129,7 @@ TABLE: dict[tuple[str, str], Stock] = {
 
 PREDICTION_TYPES = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction", "flow": "flow_prediction"}
 EDM_PREDICTION_TYPES = {"edm": "epsilon", "v": "v_prediction"}  # stock EDM classes call F "epsilon"
+NEAREST = {"heun": "dpmpp_2m", "unipc": "dpmpp_2m", "vp": "v", "flow": "flow", "edm": "edm"}  # that has a row
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
 
@@ -106,23 +138,35 @@ def stock(path: Path, sampler: str) -> Stock:
     row = TABLE.get((path.kind, sampler))
     if row is None:
         known = ", ".join(name for kind, name in TABLE if kind == path.kind)
+        nearest = f"; the nearest is {NEAREST[sampler]}" if sampler in NEAREST else ""
         raise ValueError(
-            f"sampler {sampler} on path {path.kind} has no exact stock scheduler; choose one of {known}"
+            f"sampler {sampler} on path {path.kind} has no exact stock scheduler; choose one of {known}{nearest}"
         )
     return row
 
 
-def scheduler_config(path: Path, prediction: str, sampler: str) -> dict[str, Any]:
+def scheduler_config(
+    path: Path, prediction: str, sampler: str, spacing: Spacing | None = None
+) -> dict[str, Any]:
     """The scheduler_config.json with which stock diffusers draws exactly as `sampler` does here.
 
+    Args:
+        spacing: of the grid; by default the sampler's usual one.
+
     Raises:
-        ValueError: no stock class does, for this path, prediction or sampler.
+        ValueError: no stock class does, for this path, prediction, sampler or spacing.
     """
     row = stock(path, sampler)
     if prediction not in row.predictions:
         raise ValueError(
             f"prediction {prediction} with {sampler} on path {path.kind} has no exact stock scheduler; "
-            f"choose one of {', '.join(row.predictions)}"
+            f"choose one of {', '.join(row.predictions)}; the nearest is {NEAREST[path.kind]}"
+        )
+    spacing = spacing or row.spacing
+    if spacing not in exact_spacings(path, row):
+        raise ValueError(
+            f"spacing {spacing} with {sampler} on path {path.kind} has no exact stock scheduler; "
+            f"choose one of {', '.join(exact_spacings(path, row))}"
         )
     types = EDM_PREDICTION_TYPES if path.kind == "edm" else PREDICTION_TYPES
     config = {
@@ -130,7 +174,21 @@ def scheduler_config(path: Path, prediction: str, sampler: str) -> dict[str, Any
         "_diffusers_version": DIFFUSERS_VERSION,
         "prediction_type": types[prediction],
     }
-    return config | row.fixed | path_config(path, row)
+    return config | row.fixed | dict(row.spacings[spacing]) | path_config(path, row)
+
+
+def exact_spacings(path: Path, row: Stock) -> list[Spacing]:
+    """Those that stock pipelines draw with as we do.
+
+    StableDiffusionPipeline begins at the second of two equal first times, to which karras and exponential spacing
+    round on a schedule that is steep at its noisy end.
+    """
+
+    def begins_once(spacing: Spacing) -> bool:
+        t = path.grid(path.train_steps, spacing).t
+        return bool(t[0] != t[1])
+
+    return [spacing for spacing in row.spacings if path.kind != "vp" or begins_once(spacing)]
 
 
 def path_config(path: Path, row: Stock) -> dict[str, Any]:
@@ -163,15 +221,16 @@ def path_config(path: Path, row: Stock) -> dict[str, Any]:
     )
 
 
-def sampling_grid(path: Path, sampler: str, steps: int) -> tuple[Grid, float]:
+def sampling_grid(path: Path, sampler: str, steps: int, spacing: Spacing | None = None) -> tuple[Grid, float]:
     """The levels that stock visits, and what it multiplies the first noise with; without a row, our own."""
     row = TABLE.get((path.kind, sampler))
-    grid = path.grid(steps, row.spacing if row else None)
-    return grid, grid.sigma[0].item() if row and row.starts_at_sigma else grid.start
+    grid = path.grid(steps, spacing or (row.spacing if row else None))
+    at_sigma = row and row.starts_at_sigma and spacing in (None, *row.spacings)
+    return grid, grid.sigma[0].item() if at_sigma else grid.start
 
 
-def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Path, str, str]:
-    """A stock scheduler_config.json => path, prediction and the sampler that draws exactly as it does.
+def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Path, str, str, Spacing]:
+    """A stock scheduler_config.json => path, prediction, and sampler and spacing that draw exactly as it does.
 
     How the path is trained on is not in it: those fields have their defaults.
 
@@ -181,10 +240,10 @@ def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Path, str, str]:
     path, prediction = path_and_prediction(config)
     for (kind, sampler), row in TABLE.items():
         if kind == path.kind and row.name == config["_class_name"]:
-            read = {key: value for key, value in row.fixed.items() if key != UNREAD}
-            unlike = [key for key, value in read.items() if config.get(key) != value]
-            if not unlike:
-                return path, prediction, sampler
+            for spacing in exact_spacings(path, row):
+                said = row.fixed | dict(row.spacings[spacing])
+                if all(config.get(key) == value for key, value in said.items() if key != UNREAD):
+                    return path, prediction, sampler, spacing
     raise ValueError(f"no sampler here draws exactly as {config['_class_name']} with this configuration does")
 
 

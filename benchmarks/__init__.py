@@ -1,0 +1,1 @@
+"""Ours against diffusers on the same weights: `python -m benchmarks`."""

@@ -1,0 +1,65 @@
+"""A run's folder: made, mended after a crash, and kept from being gone on with by another recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autoencoder.files import mend
+from ldm.config import UserError, differences, plain
+from ldm.contract import begun
+
+IMMATERIAL = (
+    "run.out",
+    "run.save_every",
+    "run.log_every",
+    "run.keep",
+    "run.tracker",
+    "run.timeout",
+    "run.accumulate",
+    "run.shard",
+    "show",
+    "workers",
+    "autoencoder",
+    "data.path",
+    "data.bad_share",
+    "data.max_megapixels",
+)
+"""Settings that may change between two starts of one run without changing what it learns: that the autoencoder and
+the pictures are the same, wherever they lie, is held by the contract."""
+
+
+def open_folder(out: Path, recipe: Any) -> list[str]:
+    """Make the folder, or clear what killed writes left in it; says which settings have changed since the last start.
+
+    Raises:
+        UserError: it can't be made, or holds a run with other settings that matter.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"The run folder {out} can't be made: {problem.strerror}; set run.out.") from None
+    mend(out)
+    mend(out / "checkpoints")
+    saved = out / "config.yaml"
+    if not saved.exists() or not begun(out):
+        return []
+    changed = differences(yaml.safe_load(saved.read_text()), plain(recipe))
+    material = [change for change in changed if not change.startswith(IMMATERIAL)]
+    if material:
+        raise UserError(
+            f"{out} holds a run with other settings: {'; '.join(material)}. "
+            "Set them back to go on with it, or choose another run.out."
+        )
+    return changed
+
+
+def is_finished(out: Path, steps: int) -> bool:
+    """Whether the run in `out` has been trained to step `steps` and has its result."""
+    try:
+        return json.loads((out / "result.json").read_text())["step"] == steps
+    except (OSError, ValueError, KeyError):
+        return False

@@ -1,0 +1,318 @@
+"""The model card: README.md of a published model, written from the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from pipelines.gate import Copies, Proof
+
+# https://huggingface.co/docs/hub/repositories-licenses; "unknown" is no choice, "other" needs more than an identifier
+LICENSES = tuple(
+    re.findall(
+        r"\S+",
+        """
+        apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
+        bigcode-openrail-m openrail++ afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause
+        bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+        cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+        cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+        epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0
+        isc mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense zlib
+        """,
+    )
+)
+TAGS = {
+    "text": "text-to-image",
+    "class": "unconditional-image-generation",
+    "none": "unconditional-image-generation",
+}
+
+UNSAID = (
+    "The author has not said what the pictures show, where they are from, and on which terms they were used."
+)
+BODY = """
+# {{ title }}
+
+A latent diffusion model that draws {{ size }} x {{ size }} pixel pictures {{ told }}. It was trained from zero: \
+{% if encoder %}the text encoder {{ encoder }} was taken as it is, all other weights began as random numbers. \
+{% else %}all weights began as random numbers. {% endif %}
+The weights here are averages over the training (exponential moving average, decay {{ ema }}).
+
+| part | class | weights |
+|---|---|---|
+{% for name, kind, count in parts %}
+| {{ name }} | `{{ kind }}` | {{ count }} |
+{% endfor %}
+
+{% if samples %}
+## Samples
+
+Unselected: one picture for each prompt, {{ request.steps }} steps, guidance {{ request.guidance }}, seeds as given.
+
+| {% for prompt, seed, file in samples %}![{{ prompt or "drawn" }}]({{ file }}) | {% endfor %}
+
+|{% for _ in samples %}---|{% endfor %}
+
+| {% for prompt, seed, file in samples %}{{ prompt }} (seed {{ seed }}) | {% endfor %}
+
+
+{% else %}
+No samples are shown: {{ no_samples }}.
+{% endif %}
+
+## Use
+
+With stock [diffusers](https://github.com/huggingface/diffusers):
+
+```python
+{{ stock_snippet }}
+```
+
+{% if kind != "text" %}
+No stock pipeline draws from classes, or from nothing, with these parts, so the repository has a small one in
+`pipeline.py`; `trust_remote_code` runs that file: read it first.
+
+{% endif %}
+With the tool that it was trained with:
+
+```python
+{{ our_snippet }}
+```
+
+{% if half %}There are float16 weights too (`variant="fp16"`). The largest magnitude of a weight or an activation was \
+{{ "%.4g" | format(scan.largest) }}, in `{{ scan.where }}`, over the pictures above; float16 ends at 65504.{% else %}
+Use float32 or bfloat16. The largest magnitude of a weight or an activation was \
+{{ "%.4g" | format(scan.largest) }}, in `{{ scan.where }}`; float16 ends at 65504.{% endif %}
+
+
+## Training data
+
+{{ about }}
+
+- Name in the recipe: `{{ data_name }}`, split `{{ data_split }}`.
+- Brought to {{ size }} x {{ size }} pixels{{ flipped }}.
+{% for line in data_facts %}
+- {{ line }}
+{% endfor %}
+
+## Training
+
+{{ trained }}
+
+<details><summary>The recipe of the latent model</summary>
+
+```yaml
+{{ recipe }}```
+
+</details>
+{% if first_recipe %}
+
+<details><summary>The recipe of the autoencoder</summary>
+
+```yaml
+{{ first_recipe }}```
+
+</details>
+{% endif %}
+
+## Evaluation
+
+{% if metrics %}
+| what | value | protocol |
+|---|---|---|
+{% for metric in metrics %}
+| {{ metric.name }} | {{ metric.value }} | {{ metric.protocol }} |
+{% endfor %}
+{% else %}
+No figures were measured.
+{% endif %}
+
+**Copies of training pictures.** {{ copies }}
+
+**Safety.** {{ safety }}
+
+## Limits
+
+{{ limits }}
+
+## Provenance
+
+Published by `ldm publish`. Before, stock diffusers {{ diffusers }} drew {{ request.count }} pictures from these files
+in a process without the training code; they differ from the trainer's by at most {{ difference }} of 255.
+`manifest.json` has the SHA-256 of every file. The latents are those of the autoencoder with the weight hash
+`{{ autoencoder }}`. Pictures in `samples/` carry notes that say that a model made them.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure, with how it was measured."""
+
+    kind: str
+    """As the hub calls it: psnr, fid, ..."""
+    name: str
+    value: float
+    protocol: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """All that a card says, from the run and the gate."""
+
+    name: str
+    license: str
+    kind: str
+    """text, class or none"""
+    pipeline: str
+    """The class in model_index.json"""
+    recipe: dict[str, Any]
+    first_recipe: dict[str, Any] | None
+    """Of the autoencoder, if it was trained by a run that is still there"""
+    trained: str
+    parts: Sequence[tuple[str, str, str]]
+    classes: Sequence[str]
+    autoencoder: str
+    """Weight hash"""
+    about: str
+    data_facts: Sequence[str]
+    metrics: Sequence[Metric]
+    proof: Proof
+    samples: Sequence[tuple[str, int, str]]
+    no_samples: str
+    safety: str
+
+
+def model_card(facts: Facts) -> str:
+    """README.md as text: the YAML header that the hub reads, then the card."""
+    data = facts.recipe["data"]
+    told = {"text": "from captions", "class": f"of {len(facts.classes)} classes", "none": "of one kind"}
+    encoder = facts.recipe["conditioning"]["text"]["encoder"]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    body = environment.from_string(BODY).render(
+        {
+            **vars(facts),
+            **vars(facts.proof),
+            "title": facts.name.split("/")[1],
+            "size": data["size"],
+            "told": told[facts.kind],
+            "encoder": leaf(encoder) if encoder else "",
+            "about": facts.about or UNSAID,
+            "ema": facts.recipe["ema_decay"],
+            "stock_snippet": stock_snippet(facts),
+            "our_snippet": our_snippet(facts),
+            "data_name": leaf(data["path"]),
+            "data_split": data["split"],
+            "flipped": ", half of them mirrored" if data["flip"] else "",
+            "recipe": published_recipe(facts.recipe),
+            "first_recipe": published_recipe(facts.first_recipe) if facts.first_recipe else "",
+            "copies": about_copies(facts.proof.copies),
+            "limits": limits(facts),
+        }
+    )
+    return f"---\n{header(facts)}\n---\n{body}"
+
+
+def header(facts: Facts) -> str:
+    """The YAML that the hub validates."""
+    path = str(facts.recipe["data"]["path"])
+    results = [
+        EvalResult(
+            task_type=TAGS[facts.kind],
+            dataset_type=leaf(path),
+            dataset_name=leaf(path),
+            metric_type=metric.kind,
+            metric_name=metric.name,
+            metric_value=metric.value,
+        )
+        for metric in facts.metrics
+    ]
+    return ModelCardData(
+        license=facts.license,
+        library_name="diffusers",
+        pipeline_tag=TAGS[facts.kind],
+        tags=["latent-diffusion", "trained-from-scratch"],
+        datasets=[path.removeprefix("hub:")] if path.startswith("hub:") else None,
+        model_name=facts.name.split("/")[1] if results else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def stock_snippet(facts: Facts) -> str:
+    """A few lines of stock diffusers that draw the first sample."""
+    request = facts.proof.request
+    more = f', custom_pipeline="{facts.name}", trust_remote_code=True' if facts.kind != "text" else ""
+    kind = facts.pipeline if facts.kind == "text" else "DiffusionPipeline"
+    prompt = f"[{request.prompts[0]!r}], guidance_scale={request.guidance}, " if request.prompts else ""
+    return (
+        f"import torch\nfrom diffusers import {kind}\n\n"
+        f'model = {kind}.from_pretrained("{facts.name}"{more})\n'
+        f"seeds = [torch.Generator().manual_seed({request.seed})]\n"
+        f"image = model({prompt}num_inference_steps={request.steps}, generator=seeds).images[0]\n"
+        'image.save("drawn.png")'
+    )
+
+
+def our_snippet(facts: Facts) -> str:
+    request = facts.proof.request
+    prompt = f"[{request.prompts[0]!r}], guidance={request.guidance}, " if request.prompts else ""
+    return (
+        "from pipelines import LatentDiffusion\n\n"
+        f'model = LatentDiffusion.from_pretrained("{facts.name}")\n'
+        f"image = model({prompt}steps={request.steps}, seed={request.seed})[0]\n"
+        'image.save("drawn.png")'
+    )
+
+
+def about_copies(copies: Copies | None) -> str:
+    if copies is None:
+        return "Not checked: the training data was not at hand when the model was published."
+    return (
+        f"{copies.count} of {copies.total} drawn pictures are copies, in the sense of Carlini et al. 2023 (nearer to "
+        f"one of {copies.compared:,} training pictures, or its mirror image, than half the mean distance to the 50 "
+        "nearest; pixels at 32 x 32). Near repetitions in the training data hide copies from this test."
+    )
+
+
+def limits(facts: Facts) -> str:
+    """What the model can't do, as far as the recipe tells."""
+    size = facts.recipe["data"]["size"]
+    known = {
+        "text": "It knows the words and things of its training captions and no others.",
+        "class": f"It knows {len(facts.classes)} classes: {', '.join(facts.classes)}.",
+        "none": "It can't be told what to draw.",
+    }
+    return (
+        f"{known[facts.kind]} Pictures much larger or smaller than {size} pixels, or of other proportions, are outside "
+        "of what it was trained on. It repeats the prejudices of its data, and what it draws is no record of anything "
+        "real."
+    )
+
+
+def published_recipe(recipe: dict[str, Any]) -> str:
+    """The resolved recipe as YAML, without where things lay on the author's machine."""
+    run = {key: value for key, value in recipe["run"].items() if key not in ("out", "tracker")}
+    cleaned = recipe | {"run": run, "data": recipe["data"] | {"path": leaf(recipe["data"]["path"])}}
+    if "autoencoder" in recipe:
+        cleaned["autoencoder"] = leaf(recipe["autoencoder"])
+    if "conditioning" in recipe:
+        text = recipe["conditioning"]["text"]
+        text = text | {"encoder": text["encoder"] and leaf(text["encoder"])}
+        cleaned["conditioning"] = recipe["conditioning"] | {"text": text}
+    return yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True, width=100)
+
+
+def leaf(name: str) -> str:
+    """The last part of a path; hub names and names within packages as they are."""
+    if name.startswith(("hub:", "package:")):
+        return name
+    path = Path(name).expanduser()
+    local = path.is_absolute() or name.startswith((".", "~")) or path.exists() or len(path.parts) != 2
+    return PurePosixPath(path.as_posix()).name if local else name

@@ -1,0 +1,219 @@
+"""What a model has to pass before it is published: drawn by stock tools, fit for half precision, no copies."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.config import UserError
+from ldm.data import Source
+from ldm.pictures import to_tensor
+from pipelines.latent_diffusion import LatentDiffusion
+
+TOLERANCE = 2  # of 255, between our picture and that of stock diffusers
+HALF = 65504.0  # the largest float16
+SECONDS = 3600
+DRAW = Path(__file__).parent / "shipped" / "draw.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Pictures to be drawn."""
+
+    prompts: tuple[str, ...] | None
+    """Captions or names of classes, a picture each; None for a model that is told nothing"""
+    count: int
+    """Pictures"""
+    steps: int = 30
+    """Sampling steps"""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance"""
+    seed: int = 0
+    """Picture i is drawn from seed + i"""
+
+    def drawn_by(self, model: LatentDiffusion, progress: bool = False) -> list[Image.Image]:
+        prompts = None if self.prompts is None else list(self.prompts)
+        n = self.count if prompts is None else 1
+        settings: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+        return model(prompts, n=n, progress=progress, **settings)
+
+
+def require_diffusers() -> None:
+    """UserError if stock diffusers is not there."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise UserError(
+            "Publishing opens the model in stock diffusers first, which is not installed; run: pip install diffusers"
+        )
+
+
+def drawn_by_stock(
+    folder: Path, kind: str, request: Request, scratch: Path, variant: str | None = None
+) -> tuple[list[Image.Image], str]:
+    """Pictures that stock diffusers draws with `folder`, in a process without our packages, the token or the network.
+
+    Returns:
+        The pictures, and the version of diffusers.
+
+    Raises:
+        UserError: it could not; says why.
+    """
+    out = scratch / f"stock-{variant or 'full'}"
+    out.mkdir()
+    seeds = [request.seed + i for i in range(request.count)]
+    asked: dict[str, Any] = {
+        "folder": str(folder),
+        "kind": kind,
+        "variant": variant,
+        "prompts": request.prompts,
+        "seeds": seeds,
+    }
+    asked |= {"steps": request.steps, "guidance": request.guidance, "out": str(out)}
+    (out / "request.json").write_text(json.dumps(asked | {"threads": torch.get_num_threads()}))
+    unsaid = ("TOKEN", "SECRET", "PASSWORD", "KEY")
+    environment = {k: v for k, v in os.environ.items() if not any(word in k.upper() for word in unsaid)}
+    environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment.pop("PYTHONPATH", None)
+    child = subprocess.run(
+        [sys.executable, "-s", str(DRAW), str(out / "request.json")],
+        cwd=out,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+        raise UserError(f"Stock diffusers can't draw with this model, so it was not published: {lines[-1]}")
+    images = [Image.open(out / f"{i}.png").convert("RGB") for i in range(request.count)]
+    return images, (out / "version").read_text()
+
+
+def furthest(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> int:
+    """The largest difference of two lists of pictures in any channel of any pixel, of 255."""
+    pairs = zip(ours, theirs, strict=True)
+    return max(int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max()) for a, b in pairs)
+
+
+def require_same(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> int:
+    """The largest difference; UserError if it is above the tolerance."""
+    difference = furthest(ours, theirs)
+    if difference > TOLERANCE:
+        raise UserError(
+            f"Stock diffusers draws other pictures than the trainer (they differ by {difference} of 255, at most "
+            f"{TOLERANCE} is allowed), so nothing was published; check the versions of diffusers and transformers."
+        )
+    return difference
+
+
+@contextmanager
+def largest_activations(**networks: nn.Module) -> Iterator[dict[str, float]]:
+    """While open, the largest magnitude that each module has put out, by name."""
+    seen: dict[str, float] = {}
+    handles = []
+
+    def watch(name: str) -> Any:
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            for value in output if isinstance(output, tuple | list) else (output,):
+                if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
+                    top = float(value.detach().abs().max())
+                    seen[name] = max(seen.get(name, 0.0), top if math.isfinite(top) else math.inf)
+
+        return note
+
+    for part, network in networks.items():
+        for name, module in network.named_modules():
+            handles.append(module.register_forward_hook(watch(f"{part}.{name}".rstrip("."))))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfScan:
+    """How near a model comes to the largest float16, in weights and in what its modules put out."""
+
+    largest: float
+    where: str
+
+    @property
+    def safe(self) -> bool:
+        return self.largest < HALF
+
+
+def scan_half(model: LatentDiffusion, request: Request) -> tuple[HalfScan, list[Image.Image]]:
+    """Draw in float32 and watch every module; also gives the pictures."""
+    networks = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.conditioner}
+    with largest_activations(**networks) as seen:
+        images = request.drawn_by(model, progress=True)
+    for part, network in networks.items():
+        for name, weight in network.named_parameters():
+            top = float(weight.detach().abs().max())
+            seen[f"{part}.{name}"] = max(
+                top if math.isfinite(top) else math.inf, seen.get(f"{part}.{name}", 0.0)
+            )
+    where = max(seen, key=lambda name: seen[name])
+    return HalfScan(largest=seen[where], where=where), images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Drawn pictures beside their nearest training pictures.
+
+    A picture counts as a copy if it is nearer to one training picture than half its mean distance to its 50 nearest
+    (Carlini et al. 2023, section 5.1): distances are Euclidean, of pixels at 32 x 32.
+    """
+
+    count: int
+    total: int
+    compared: int
+    nearest: tuple[int, ...]
+
+
+def find_copies(images: Sequence[Image.Image], source: Source, neighbours: int = 50) -> Copies:
+    """Compare drawn pictures with all training pictures and their mirror images."""
+    side = 32
+    drawn = torch.stack([to_tensor(image.resize((side, side), Image.Resampling.BOX)) for image in images])
+    distances = []
+    for first in range(0, len(source), 256):
+        indices = range(first, min(first + 256, len(source)))
+        real = torch.stack([to_tensor(source.picture(i, side)) for i in indices])
+        both = [torch.cdist(drawn.flatten(1), seen.flatten(1)) for seen in (real, real.flip(-1))]
+        distances.append(torch.minimum(*both))
+    table = torch.cat(distances, 1)
+    near = table.topk(min(neighbours, table.shape[1]), largest=False).values
+    copied = near[:, 0] < 0.5 * near.mean(1)
+    nearest = tuple(table.argmin(1).tolist())
+    return Copies(count=int(copied.sum()), total=len(images), compared=len(source), nearest=nearest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was found before a model was published."""
+
+    request: Request
+    """What was drawn"""
+    difference: int
+    """Largest, of 255, between our pictures and those of stock diffusers"""
+    diffusers: str
+    """Its version"""
+    scan: HalfScan
+    half: bool
+    """Whether there are float16 weights"""
+    copies: Copies | None
+    """None: not looked for"""

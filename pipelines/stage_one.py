@@ -1,0 +1,46 @@
+"""What stage 1 leaves behind: an autoencoder, and the data that it was trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from autoencoder.kl import AutoencoderKL
+from ldm.config import UserError, parser_for
+from ldm.data import DataConfig
+
+
+def open_autoencoder(name: str) -> AutoencoderKL:
+    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name."""
+    folder = Path(name).expanduser()
+    inner = next(
+        (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
+    )
+    if inner is None and folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, "
+            "or name another."
+        )
+    autoencoder = AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
+    if autoencoder.config.latents_mean or autoencoder.config.latents_std:
+        raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")
+    return autoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def data_of(name: str) -> DataConfig | None:
+    """What a stage 1 run was trained on, as its config.yaml says; None for anything but a run."""
+    recipe = Path(name).expanduser() / "config.yaml"
+    if not recipe.is_file():
+        return None
+    said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if not isinstance(said, dict) or "data" not in said:
+        raise UserError(f"{recipe} says nothing of data; name the pictures with --data.")
+    parser = parser_for(_Recipe, str(recipe))
+    return parser.instantiate(parser.parse_object({"data": said["data"]})).data

@@ -1,0 +1,87 @@
+"""Text encoders as they are published, but tiny and with random weights: folders with the usual class of tokenizer."""
+
+import string
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+CAPTIONS = ["a red circle", "a blue square", "a red square on a green background", "many words " * 20]
+WIDTH, PROJECTED = 16, 12
+LETTERS = string.ascii_lowercase
+
+
+def clip_tokenizer() -> PreTrainedTokenizerBase:
+    """Spells words out, apart from "red"; as SDXL's second one, it pads with another token than the end."""
+    vocab = ["!", *LETTERS, *(f"{letter}</w>" for letter in LETTERS), "re", "red</w>"]
+    vocab += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {entry: i for i, entry in enumerate(vocab)}
+    return transformers.CLIPTokenizer(vocab=numbers, merges=[("r", "e"), ("re", "d</w>")], pad_token="!")
+
+
+def t5_tokenizer() -> PreTrainedTokenizerBase:
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("red", -1.0)]
+    return transformers.T5Tokenizer(vocab=vocab + [(letter, -3.0) for letter in LETTERS], extra_ids=0)
+
+
+def bert_tokenizer() -> PreTrainedTokenizerBase:
+    vocab = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "red",
+        *LETTERS,
+        *(f"##{letter}" for letter in LETTERS),
+    ]
+    return transformers.BertTokenizer(vocab={entry: i for i, entry in enumerate(vocab)})
+
+
+def clip_config(tokenizer: PreTrainedTokenizerBase, layers: int) -> transformers.CLIPTextConfig:
+    return transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        projection_dim=PROJECTED,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def publish(kind: str, folder: Path) -> Path:
+    """A folder with config, weights and tokenizer of a clip, projection (of clip), t5 or bert."""
+    torch.manual_seed(len(kind))
+    tokenizer = {"t5": t5_tokenizer, "bert": bert_tokenizer}.get(kind, clip_tokenizer)()
+    if kind == "clip":
+        model = transformers.CLIPTextModel(clip_config(tokenizer, 2))
+    elif kind == "projection":
+        model = transformers.CLIPTextModelWithProjection(clip_config(tokenizer, 3))
+    elif kind == "t5":
+        model = transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=24, num_layers=2, num_heads=2
+            )
+        )
+    else:
+        model = transformers.BertModel(
+            transformers.BertConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+            )
+        )
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.2 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert type(AutoTokenizer.from_pretrained(folder)) is type(tokenizer)
+    return folder

@@ -1,0 +1,129 @@
+"""Tiles add up to the whole: exactly where the network's reach allows it, and with a known error where it does not."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from autoencoder import tiling
+from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from autoencoder.layers import GroupNorm
+from pipelines import LatentDiffusion
+from pipelines.cli import main as ldm
+from tests.tiling_memory import measured
+
+
+def make(norm: bool = True, factor: int = 4) -> AutoencoderKL:
+    """A small autoencoder without attention; without `norm`, nothing in it looks further than its convolutions."""
+    torch.manual_seed(0)
+    widths = (8,) * (int(math.log2(factor)) + 1)
+    config = AutoencoderConfig(block_out_channels=widths, norm_num_groups=4, mid_block_add_attention=False)
+    model = AutoencoderKL(config).eval()
+    if not norm:
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, GroupNorm):
+                    setattr(parent, name, nn.Identity())
+                elif isinstance(child, nn.Conv2d):
+                    child.weight.data *= 3  # so that what lies far away counts
+    return model
+
+
+def pictures(*size: int) -> torch.Tensor:
+    return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("grow", [1, 4])
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(5, 8, 2), (8, 8, 4), (9, 8, 4), (17, 8, 4), (100, 16, 6), (33, 16, 0)]
+)
+def test_the_weights_of_all_tiles_add_up_to_one(length: int, tile: int, overlap: int, grow: int) -> None:
+    total, end = torch.zeros(grow * length), 0
+    for start, weights in tiling.windows(length, tile, overlap, grow):
+        assert start % grow == 0 and len(weights) == grow * min(tile, length)
+        assert start == 0 or start <= end - grow * overlap
+        total[start : start + len(weights)] += weights
+        end = start + len(weights)
+    assert end == grow * length
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@torch.no_grad()
+def test_one_tile_over_all_is_the_untiled_result_bit_for_bit() -> None:
+    model, x = make(), pictures(32, 24)
+    posterior, tiled = model.encode(x), tiling.encode(model, x, tile=32, overlap=8)
+    assert torch.equal(tiled.mean, posterior.mean) and torch.equal(tiled.logvar, posterior.logvar)
+    made = tiling.decode(model, posterior.mean, tile=32, overlap=8)
+    assert torch.equal(made, model.decode(posterior.mean))
+
+
+@torch.no_grad()
+def test_tiles_are_exact_where_the_networks_reach_is_within_the_overlap() -> None:
+    """The decoder reaches 24 pixels far, a quarter of 96; the sides are no multiples of the tile."""
+    model, x = make(norm=False, factor=2), pictures(480, 268)
+    posterior = model.encode(x)
+    atol = 1e-5 * posterior.mean.abs().max().item()
+    tiled = tiling.encode(model, x, tile=192, overlap=96)
+    torch.testing.assert_close(tiled.mean, posterior.mean, atol=atol, rtol=0)
+    torch.testing.assert_close(tiled.logvar, posterior.logvar, atol=atol, rtol=0)
+    made, wanted = tiling.decode(model, posterior.mean, tile=192, overlap=96), model.decode(posterior.mean)
+    atol = 1e-5 * wanted.abs().max().item()
+    torch.testing.assert_close(made, wanted, atol=atol, rtol=0)
+    close = tiling.decode(model, posterior.mean, tile=192, overlap=16)
+    assert (close - wanted).abs().max() > 1e-3 * wanted.abs().max(), (
+        "an overlap within the reach can't be exact"
+    )
+
+
+def test_seam_error_says_what_normalisation_costs() -> None:
+    x = pictures(64, 64)
+    none = tiling.seam_error(make(), x, tile=64, overlap=16)
+    assert none == (math.inf, 0.0, math.inf)
+    found = tiling.seam_error(make(), x, tile=32, overlap=16)
+    assert 0 < found.decode_max < 2 and 10 < found.both_db < 100 and 10 < found.decode_db < 100
+
+
+@pytest.mark.parametrize(
+    ("tile", "overlap", "message"),
+    [
+        (30, 8, "tile is 30"),
+        (32, 6, "overlap is 6"),
+        (32, 20, "at most half of the tile, 16"),
+        (0, 0, "tile is 0"),
+    ],
+)
+def test_unfit_tiles_are_refused(tile: int, overlap: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiling.decode(make(), torch.zeros(1, 4, 8, 8), tile=tile, overlap=overlap)
+
+
+def test_memory_is_that_of_a_tile() -> None:
+    """Peak memory over what the process had before, in a process of its own."""
+    at_once, in_tiles = measured(768, None), measured(768, 192)
+    assert in_tiles["mb"] < at_once["mb"] / 3
+
+
+def test_pictures_larger_than_a_tile_are_drawn_in_tiles(chain: Path, tmp_path: Path) -> None:
+    """Others are drawn as ever; by the command, an unfit tile is one sentence."""
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    asked = {"prompts": "a large red circle", "steps": 1, "size": (48, 32)}
+    whole, fits, tiled = model(**asked), model(**asked, tile=48), model(**asked, tile=16)
+    assert whole[0].tobytes() == fits[0].tobytes() != tiled[0].tobytes()
+    assert tiled[0].size == (48, 32)
+    arguments = [
+        "generate",
+        str(chain / "ldm"),
+        "x",
+        "--steps",
+        "1",
+        "--size",
+        "32x32",
+        "--out",
+        str(tmp_path),
+    ]
+    ldm([*arguments, "--tile", "16"])
+    assert (tmp_path / "0000.png").exists()
+    with pytest.raises(SystemExit):
+        ldm([*arguments, "--tile", "15"])
