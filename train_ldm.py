@@ -30,7 +30,7 @@ from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path
 from ldm.prediction import PredictionName, Weight, make_prediction
-from ldm.sampling import order
+from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
@@ -119,13 +119,14 @@ def main(argv: Sequence[str]) -> None:
     run.resume(model, publish=True, contract=contract, **trained, ema=ema, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
-    for batch in run.batches(latents, order(source, recipe.data.balance)):
+    for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
         with run.accelerator.accumulate(network, told):
-            z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
+            shape = batch["mean"].shape[1:]
+            z = scaled_latents(batch, run.normal("posterior", batch, shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
             t = model.path.times(run.uniform("time", batch)).float().to(run.device)
-            cond = told(batch).sized(recipe.data.size, recipe.data.size)
-            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, latents.shape))
+            cond = told(batch).sized(*(side * autoencoder.config.factor for side in shape[1:]))
+            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
