@@ -34,7 +34,7 @@ from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.profiles import Profiles
-from ldm.sampling import order
+from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
@@ -104,6 +104,10 @@ class Recipe:
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
         if self.ema_every < 0:
             raise ValueError(f"ema_every is {self.ema_every}, but must be at least 0")
+        if self.ema_every and self.run.shard:
+            raise ValueError(
+                "ema_every keeps whole weights, which run.shard takes apart: remove one of the two"
+            )
 
 
 @command("train_ldm.py", explain)
@@ -144,16 +148,18 @@ def train(recipe: Recipe, run: Run) -> None:
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
+        ema.gather()
         show(run, model, recipe.show, prompts)
         run.save()
 
-    for batch in run.batches(latents, order(source, recipe.data.balance)):
+    for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
         with run.accelerator.accumulate(network, told):
-            z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
+            shape = batch["mean"].shape[1:]
+            z = scaled_latents(batch, run.normal("posterior", batch, shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
             t = model.path.times(levels(run, batch, recipe.stratified)).float().to(run.device)
-            cond = told(batch).sized(recipe.data.size, recipe.data.size)
-            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, latents.shape))
+            cond = told(batch).sized(*(side * autoencoder.config.factor for side in shape[1:]))
+            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:

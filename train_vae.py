@@ -39,7 +39,7 @@ from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
-from ldm.sampling import Pixels, order
+from ldm.sampling import Pixels, epochs
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
 
@@ -135,7 +135,7 @@ def train(recipe: Recipe, run: Run) -> None:
     source = inspected(source, run)
     contract = Contract({"set of pictures": source.fingerprint})
     contract.keep(run)
-    originals, split = pixels_to_show(recipe, run)
+    originals, split = pixels_to_show(recipe, run, source)
     originals = originals.to(run.device)
 
     network = run.place(new_autoencoder(run, recipe))
@@ -155,8 +155,13 @@ def train(recipe: Recipe, run: Run) -> None:
         run.save()
 
     trained = [autoencoder, adversary.wrapped] if adversary else [autoencoder]
+    if recipe.data.bucket_step % network.config.factor:
+        raise UserError(
+            f"data.bucket_step is {recipe.data.bucket_step}, which the autoencoder's factor {network.config.factor} "
+            "does not divide."
+        )
     pictures = Pixels(source, recipe.data, recipe.run.seed)
-    for batch in run.batches(pictures, order(source, recipe.data.balance), recipe.workers):
+    for batch in run.batches(pictures, epochs(source, recipe.data, recipe.run.batch_size), recipe.workers):
         with run.accelerator.accumulate(*trained):
             pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
             made, latent = autoencoder(pixels, *posterior_noise(run, recipe, batch))
@@ -250,8 +255,8 @@ def posterior_noise(run: Run, recipe: Recipe, batch: dict[str, Tensor]) -> tuple
     if recipe.kind == "vq":
         return ()
     assert recipe.network.factor and recipe.network.latent_channels  # filled in
-    side = recipe.data.size // recipe.network.factor
-    return (run.normal("posterior", batch, (recipe.network.latent_channels, side, side)),)
+    height, width = (side // recipe.network.factor for side in batch["pixels"].shape[2:])
+    return (run.normal("posterior", batch, (recipe.network.latent_channels, height, width)),)
 
 
 def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks: Sequence[VQModel]) -> None:
@@ -266,10 +271,10 @@ def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks
     run.note(codebook_usage=usage.fraction, perplexity=usage.perplexity, revived=revived)
 
 
-def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
+def pixels_to_show(recipe: Recipe, run: Run, trained: Source) -> tuple[Tensor, str]:
     """[N,3,S,S] pictures that reconstructions are judged on, and the split that they are from."""
     source, split = shown_source(recipe.data, recipe.show.split)
-    source = inspected(source, run, "" if split == recipe.data.split else split)
+    source = trained if split == recipe.data.split else inspected(source, run, split)
     count = min(recipe.show.count, len(source))
     chosen = [i * len(source) // count for i in range(count)]
     return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split
@@ -315,7 +320,7 @@ def finish(run: Run, autoencoder: Any, source: Source, recipe: Recipe, originals
     """
     if recipe.kind == "kl":
         statistics = LatentStatistics(autoencoder.config.latent_channels)
-        for pixels in run.shares(source, recipe.data.size, "latent statistics"):
+        for pixels in run.shares(source, "latent statistics"):
             statistics.update(autoencoder.encode(pixels))
         if run.accelerator.num_processes > 1:
             statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()

@@ -52,6 +52,9 @@ class DataConfig:
     """Side in pixels that pictures are brought to: shorter side resized, longer side cropped"""
     crop: Literal["center", "random"] = "center"
     """What is kept of the longer side; random: another part each time (stage 1 only: latents are made once)"""
+    bucket_step: int = 0
+    """Keep shapes: bring pictures to sizes whose sides are multiples of this many pixels and whose areas are at most
+    size x size, each batch of one size (aspect-ratio buckets); 0: squares alone"""
     flip: bool = False
     """Mirror half of the pictures; not for things with a left and a right, or with writing"""
     text: str | None = None
@@ -87,6 +90,12 @@ class DataConfig:
             )
         if self.streaming and self.path == "scenes":
             raise ValueError("data.streaming is set, but data.path is scenes: remove one of the two")
+        if self.bucket_step and (self.bucket_step < 0 or self.size % self.bucket_step):
+            raise ValueError(
+                f"data.bucket_step is {self.bucket_step}, but must divide data.size {self.size}, or be 0"
+            )
+        if self.bucket_step and self.path == "scenes":
+            raise ValueError("data.bucket_step is set, but data.path is scenes, which are square: remove one")
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"data.bad_share is {self.bad_share}, but must lie in [0, 1)")
         if not 0 < self.max_megapixels <= 178:
@@ -112,6 +121,7 @@ class Source:
         texts: one caption a picture, or None.
         labels: [N] int64 class of each picture, or None; `classes` names them.
         sums: one hash for the bytes of each picture, once `ldm.inspection` has read them all.
+        sizes: [N,2] width and height that each is brought to, if that is not a square (`ldm.buckets`).
     """
 
     def __init__(
@@ -130,6 +140,7 @@ class Source:
         self.texts, self.classes, self.files = texts, tuple(classes), tuple(files)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self.sums: np.ndarray | None = None
+        self.sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -158,8 +169,15 @@ class Source:
         whole = decoded(stored.name, content(stored), self.config.max_megapixels).image
         return fitted(whole, size, self.config.background, place)
 
-    def chosen(self, indices: Sequence[int], sums: np.ndarray) -> Source:
-        """The pictures `indices` alone, whose hashes are `sums`."""
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height that picture `index` is brought to in training."""
+        if self.sizes is None:
+            return self.config.size, self.config.size
+        width, height = self.sizes[index].tolist()
+        return width, height
+
+    def chosen(self, indices: Sequence[int]) -> Source:
+        """The pictures `indices` alone."""
         labels = None if self.labels is None else self.labels[list(indices)].tolist()
         texts = None if self.texts is None else [self.texts[i] for i in indices]
         pictures = Some(self.pictures, indices)
@@ -173,7 +191,8 @@ class Source:
             notes=self.notes,
             files=self.files,
         )
-        one.sums = sums
+        one.sums = None if self.sums is None else self.sums[list(indices)]
+        one.sizes = None if self.sizes is None else self.sizes[list(indices)]
         return one
 
     def describe(self) -> str:

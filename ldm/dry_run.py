@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.findings import Findings, Part, folder_bytes, gigabytes
@@ -68,6 +69,7 @@ class FirstPictures:
         self._source, self._n, self.began = source, min(n, len(source)), math.nan
         self.texts = None if source.texts is None else source.texts[: self._n]
         self.labels = None if source.labels is None else source.labels[: self._n]
+        self.sizes = None if source.sizes is None else source.sizes[: self._n]
         self.fingerprint = f"the first {self._n}"
         pictures, captions = len(source) / self._n, 1.0
         if source.texts and self.texts:
@@ -79,6 +81,13 @@ class FirstPictures:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._source, name)
+
+    def of_one_size(self) -> np.ndarray:
+        """Indices of pictures that make a batch together."""
+        if self.sizes is None:
+            return np.arange(self._n)
+        _, group, counts = np.unique(self.sizes, axis=0, return_inverse=True, return_counts=True)
+        return np.flatnonzero(group == counts.argmax())
 
     def picture(self, index: int, *arguments: Any) -> Image.Image:
         if math.isnan(self.began):
@@ -164,20 +173,22 @@ class DryRun(Run):
         self._first = FirstPictures(source, PICTURES)
         return self._first  # type: ignore[return-value]
 
-    def shares(self, source: Source, size: int, what: str) -> Iterator[Tensor]:
+    def shares(self, source: Source, what: str) -> Iterator[Tensor]:
         self.doing.append(f"measuring the {what}")
         first, began = FirstPictures(source, PICTURES), self._now()
-        yield from super().shares(first, size, what)  # type: ignore[arg-type]
+        yield from super().shares(first, what)  # type: ignore[arg-type]
         self.found.finish_seconds += (self._now() - began) * (first.ratios["latents"] - 1)
         self.doing.append("writing the model")
 
     # --- the loop ----------------------------------------------------------------------------------------------
 
-    def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        self, dataset: Any, order: np.ndarray | Buckets, workers: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """A few samples, whole batches until the probe has lasted long enough, and those of one more step."""
         if self._first is not None:
             self._note_cache(self._first)
-            order = order[order < len(self._first)]
+            order = self._first.of_one_size()
         stream = super().batches(dataset, order, workers)
         self.doing.append("training on a few samples")
         yield from self._few(stream)

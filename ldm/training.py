@@ -32,6 +32,7 @@ from tqdm import tqdm
 from autoencoder.files import write_text
 from autoencoder.layers import enable_checkpointing
 from ldm import checkpoint, random, trackers
+from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog
@@ -39,7 +40,7 @@ from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, chosen_precision
 from ldm.run_folder import is_finished, open_folder
 from ldm.run_log import RunLog
-from ldm.sampling import Squares, Stream, cores, read, slices
+from ldm.sampling import Stills, Stream, cores, groups, read
 from ldm.sharding import shard, whole
 from ldm.signals import StopSignals
 
@@ -89,7 +90,7 @@ class Run(RunLog):
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._model: checkpoint.Model | None = None
         self._published: Path | None = None
-        self._order = np.arange(0)
+        self._order: np.ndarray | Buckets = np.arange(0)
         self._saved = -1
         self._earlier, self._began = 0.0, psutil.Process().create_time()
         self._signals = StopSignals(self.say)
@@ -222,12 +223,14 @@ class Run(RunLog):
         """What is cached of a source before training: all; of a dry run a part."""
         return source
 
-    def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
+    def batches(
+        self, dataset: Any, order: np.ndarray | Buckets, workers: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """This process's batches from where the run stands to its end, with a progress bar.
 
         Args:
             dataset: answers `__getitems__([(position, index), ...])` with a dict of tensors [B,...].
-            order: [M] the indices of one epoch.
+            order: [M] the indices of one epoch, or `Buckets` of batches of `run.batch_size`.
             workers: processes that prepare batches beside this one; 0: this one does.
         """
         total, self._order = self.config.steps * self.config.batch_size, order
@@ -365,12 +368,12 @@ class Run(RunLog):
             self.say(f"{self.out} is finished; its model is in {self.out}/model")
         return done
 
-    def shares(self, source: Source, size: int, what: str) -> Iterator[Tensor]:
-        """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
-        mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
-        with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
-            batches = [mine[part.start : part.stop] for part in slices(0, len(mine), 32)]
-            for pixels in read(Squares(source, size), batches, cores(len(source))):
+    def shares(self, source: Source, what: str) -> Iterator[Tensor]:
+        """All pictures of a source once, [B,3,H,W] in [-1, 1], shared out among the processes."""
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        batches = groups(source, 32, share)
+        with tqdm(total=sum(map(len, batches)), unit="img", desc=what, disable=not self.main) as bar:
+            for pixels in read(Stills(source), batches, cores(len(source))):
                 with self.accelerator.autocast():
                     yield pixels.to(self.device).contiguous(memory_format=torch.channels_last)
                 bar.update(len(pixels))

@@ -187,7 +187,7 @@ def test_whatever_latents_depend_on_makes_another_cache(data: DataConfig, parts,
     build(tmp_path, data, parts)
     with torch.no_grad():
         autoencoder.quant_conv.bias[0] -= 1e-3
-    fewer = source.chosen(range(COUNT - 1), np.zeros((COUNT - 1, 16), np.uint8))
+    fewer = source.chosen(range(COUNT - 1))
     build(tmp_path, data, (fewer, autoencoder, conditioner))
     assert len({folder.name for folder in tmp_path.iterdir()} - names) == 2
 
@@ -212,7 +212,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(data: DataConfig, part
 
 
 MEMORY = """
-import sys, torch, psutil
+import sys, numpy as np, torch, psutil
 from pathlib import Path
 from types import SimpleNamespace
 from safetensors.torch import save_file
@@ -222,9 +222,11 @@ run = SimpleNamespace(main=True, accelerator=accelerator)
 folder = Path(sys.argv[1])
 cache.SHARD = 32
 whole = torch.zeros(32, 2, 4, 128, 244)
-cache._shards(folder, 64, run, "x", lambda spans: ({"mean": whole + 1, "std": whole} for _ in spans))
+members = [range(32), range(32, 64)]
+cache._shards(folder, members, run, "x", lambda some: ({"mean": whole + 1, "std": whole} for _ in some))
 before = psutil.Process().memory_info().rss
-latents = cache.LatentCache(cache._shards(folder, 64, run, "x", lambda spans: iter(())), [], 0)
+places = np.array([[i // 32, i % 32] for i in range(64)])
+latents = cache.LatentCache(cache._shards(folder, members, run, "x", lambda some: iter(())), [], 0, places, 128)
 row = latents.__getitems__([(0, 3), (1, 60)])
 print(sum(f.stat().st_size for f in folder.glob("*.safetensors")), psutil.Process().memory_info().rss - before)
 """
