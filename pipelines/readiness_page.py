@@ -169,7 +169,7 @@ def details(page: Page, one: Findings, of: str) -> None:
     noisy = [name for name in shown if name.startswith("noise")]
     page.picture(
         rows(shown, "originals", *noisy, count=COLUMNS),
-        f"Originals, and what is decoded after {', '.join(noisy)} deviations on the latents.",
+        f"Originals, and what is decoded after {', '.join(noisy)} (in deviations) on the latents.",
     )
     seen = [name for name in shown if name.startswith("estimate")]
     if seen:
