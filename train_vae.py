@@ -143,6 +143,7 @@ def train(recipe: Recipe, run: Run) -> None:
     originals, split = pixels_to_show(recipe, run, source)
     originals = originals.to(run.device)
 
+    run.seed("autoencoder")
     network = run.place(new_autoencoder(run, recipe))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
