@@ -1,6 +1,7 @@
 """Stage 2: train a U-Net that diffuses in the latents of an autoencoder, told by captions, classes or nothing.
 
     python train_ldm.py --config configs/scenes/ldm.yaml [--autoencoder DIR_OR_HUB] [--data.path FOLDER] [...]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. OUT/model is the newest model, averaged weights,
 as a stock diffusers folder.
@@ -9,6 +10,7 @@ as a stock diffusers folder.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -20,17 +22,19 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
 from ldm.conditioning import ConditioningConfig, labels_of, make_conditioner, text_of
-from ldm.config import UserError, command, load
+from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.faults import explain
 from ldm.inspection import inspected
-from ldm.optim import OptimizerConfig, make_optimizer
-from ldm.paths import Flow, PathConfig, Spacing, make_path
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
+from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
 from ldm.prediction import PredictionName, Weight, make_prediction
-from ldm.sampling import order
+from ldm.profiles import Profiles
+from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
@@ -62,6 +66,10 @@ class ShowConfig:
             raise ValueError(
                 f"show.every is {self.every} and show.count {self.count}, but both must be at least 1"
             )
+        if self.steps < 1:
+            raise ValueError(f"show.steps is {self.steps}, but must be at least 1")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"show.guidance is {self.guidance}, but must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +86,8 @@ class Recipe:
     prediction: PredictionName = "flow"
     """What the network puts out"""
     weight: Weight = field(default_factory=Weight)
+    stratified: bool = False
+    """Spread the noise levels of a batch evenly over their distribution: the loss varies less from step to step"""
     sampler: str = "dpmpp_2m"
     """The sampler that the saved model names"""
     spacing: Spacing | None = None
@@ -85,17 +95,33 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones drawn with and kept"""
+    ema_every: int = 0
+    """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
 
     def __post_init__(self) -> None:
         if self.data.crop == "random":
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
+        if self.ema_every < 0:
+            raise ValueError(f"ema_every is {self.ema_every}, but must be at least 0")
+        if self.ema_every and self.run.shard:
+            raise ValueError(
+                "ema_every keeps whole weights, which run.shard takes apart: remove one of the two"
+            )
 
 
 @command("train_ldm.py", explain)
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = load(Recipe, argv, prog="train_ldm.py")
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -106,31 +132,45 @@ def main(argv: Sequence[str]) -> None:
     report_cut_captions(run, conditioner, source)
     contract = contract_of(source, autoencoder, conditioner)
     contract.keep(run)
-    latents = build(run.out / "cache", source, recipe.data, autoencoder, conditioner, run)
+    latents = build(run.out / "cache", run.part_of(source), recipe.data, autoencoder, conditioner, run)
 
     unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
+    profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner)
     prompts = prompts_to_show(model, recipe.show, source)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    run.resume(model, publish=True, contract=contract, **trained, ema=ema, optimizer=optimizer)
+    averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
+    run.resume(model, publish=True, contract=contract, **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
-    for batch in run.batches(latents, order(source, recipe.data.balance)):
+    if run.fresh:  # what would fail at hour nine fails now
+        ema.gather()
+        show(run, model, recipe.show, prompts)
+        run.save()
+
+    for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
         with run.accelerator.accumulate(network, told):
-            z = scaled_latents(batch, run.normal("posterior", batch, latents.shape), autoencoder)
+            shape = batch["mean"].shape[1:]
+            z = scaled_latents(batch, run.normal("posterior", batch, shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
-            t = model.path.times(run.uniform("time", batch)).float().to(run.device)
-            cond = told(batch).sized(recipe.data.size, recipe.data.size)
-            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, latents.shape))
+            t = model.path.times(levels(run, batch, recipe.stratified)).float().to(run.device)
+            cond = told(batch).sized(*(side * autoencoder.config.factor for side in shape[1:]))
+            loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
-            ema.update(run.step, **trained)
+            with as_judged(optimizer):
+                ema.update(run.step, **trained)
+                if profiles:
+                    profiles.update(run.step, **trained)
+        if profiles and run.due(recipe.ema_every) and run.main:
+            profiles.save(run.out / "ema", run.step)
         if run.due(recipe.show.every):
+            ema.gather()
             show(run, model, recipe.show, prompts)
         if run.due(recipe.run.log_every):
             run.log()
@@ -166,6 +206,12 @@ def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: Autoenc
     config = autoencoder.config
     z = batch["mean"] + batch["std"] * noise
     return (z - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+def levels(run: Run, batch: dict[str, Tensor], stratified: bool) -> Tensor:
+    """[B] Uniform in (0, 1), what noise levels are drawn from; stratified over the global batch, or independent."""
+    u = run.uniform("time", batch)
+    return stratify(u, batch["position"], run.config.batch_size) if stratified else u
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:

@@ -1,6 +1,7 @@
 """Stage 1: train an autoencoder that turns pictures into latents and back.
 
     python train_vae.py --config configs/scenes/vae.yaml [--data.path FOLDER] [--run.out DIR] [--run.steps N]
+        [--dry-run]
 
 Run the same command again to go on with a run that was stopped. The result lies in OUT/model: a stock
 `AutoencoderKL` folder whose latents have mean 0 and standard deviation 1 per channel, or a stock `VQModel` folder.
@@ -29,15 +30,16 @@ from autoencoder.store import find_folder, load_config
 from autoencoder.vq import CodeUse, Quantized, VQModel, codebook_usage, count_codes
 from ldm import random
 from ldm.checkpoint import writing
-from ldm.config import UserError, command, load
+from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source, shown_source
+from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.faults import explain
 from ldm.inspection import inspected
-from ldm.optim import OptimizerConfig, make_optimizer
+from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
-from ldm.sampling import Pixels, order
+from ldm.sampling import Pixels, epochs
 from ldm.training import Run, RunConfig
 from pipelines.sheets import side_by_side
 
@@ -60,6 +62,7 @@ class ShowConfig:
             )
 
 
+LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 NETWORKS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 GAN_OPTIMIZER = OptimizerConfig(name="adamw", lr=3e-4, betas=(0.5, 0.99), weight_decay=0.0)
 
@@ -87,6 +90,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.loss.check_kind(self.kind)
+        if self.run.shard:
+            raise ValueError(
+                "run.shard is true, but an autoencoder's memory goes into its activations, not its weights: "
+                "leave it out, and raise run.accumulate if memory is short"
+            )
         if self.start is None:  # else `main` looks what shape it has
             object.__setattr__(self, "network", self.network.filled(self.kind, self.data.size))
         gan, lpips = self.loss.gan, self.loss.lpips
@@ -110,8 +118,16 @@ class Recipe:
 
 @command("train_vae.py", explain)
 def main(argv: Sequence[str]) -> None:
+    argv, dry = without(DRY_RUN, argv)
     recipe = settled(load(Recipe, argv, prog="train_vae.py"))
-    run = Run(recipe.run, recipe)
+    if dry:
+        rehearse(recipe, train)
+    else:
+        train(recipe, Run(recipe.run, recipe))
+
+
+def train(recipe: Recipe, run: Run) -> None:
+    """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
     source = open_source(recipe.data)
@@ -119,7 +135,7 @@ def main(argv: Sequence[str]) -> None:
     source = inspected(source, run)
     contract = Contract({"set of pictures": source.fingerprint})
     contract.keep(run)
-    originals, split = pixels_to_show(recipe, run)
+    originals, split = pixels_to_show(recipe, run, source)
     originals = originals.to(run.device)
 
     network = run.place(new_autoencoder(run, recipe))
@@ -133,34 +149,46 @@ def main(argv: Sequence[str]) -> None:
     averaged = ema["autoencoder"]
     run.resume(averaged, contract=contract, autoencoder=autoencoder, ema=ema, optimizer=optimizer, **parts)
 
+    networks = {"EMA": averaged, "raw": network}
+    if run.fresh:  # what would fail at hour nine fails now
+        show(run, networks, originals, lpips, adversary)
+        run.save()
+
     trained = [autoencoder, adversary.wrapped] if adversary else [autoencoder]
+    if recipe.data.bucket_step % network.config.factor:
+        raise UserError(
+            f"data.bucket_step is {recipe.data.bucket_step}, which the autoencoder's factor {network.config.factor} "
+            "does not divide."
+        )
     pictures = Pixels(source, recipe.data, recipe.run.seed)
-    for batch in run.batches(pictures, order(source, recipe.data.balance), recipe.workers):
+    for batch in run.batches(pictures, epochs(source, recipe.data, recipe.run.batch_size), recipe.workers):
         with run.accelerator.accumulate(*trained):
             pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
             made, latent = autoencoder(pixels, *posterior_noise(run, recipe, batch))
-            if adversary and adversary.learns(run.step):
-                loss, figures = adversary.discriminator_loss(pixels, made, run.step)
-                run.update(loss, adversary.optimizer, recipe.gan_optimizer, "discriminator")
-                run.note(**figures)
-            loss, terms = objective(pixels, made, latent, run.step)
+            step = run.step
+            loss, terms = objective(pixels, made, latent, step)
             run.update(loss, optimizer, recipe.optimizer)
             run.note(**terms)
+            if adversary and adversary.learns(step):
+                loss, figures = adversary.discriminator_loss(pixels, made, step)
+                run.update(loss, adversary.optimizer, recipe.gan_optimizer, "discriminator")
+                run.note(**figures)
             if codes:
                 codes.count(latent.indices)
         if run.accelerator.sync_gradients:
-            ema.update(run.step, autoencoder=network)
+            with as_judged(optimizer):
+                ema.update(run.step, autoencoder=network)
             if codes:
-                revive(run, recipe, codes, latent, [network, ema["autoencoder"]])
+                revive(run, recipe, codes, latent, [network, averaged])
         if run.due(recipe.show.every):
-            show(run, {"EMA": ema["autoencoder"], "raw": network}, originals, lpips, adversary)
+            show(run, networks, originals, lpips, adversary)
         if run.due(recipe.run.log_every):
-            if adversary and (warning := adversary.verdict()):
+            if adversary and (warning := adversary.verdict(run.step)):
                 run.say(warning)
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    made = finish(run, ema["autoencoder"], source, recipe, originals)
+    made = finish(run, averaged, source, recipe, originals)
     quality = {name: round(value, 4) for name, value in likeness(made, originals, lpips).items()}
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
     run.say(f"{told} on {len(originals)} pictures of split {split}; the model is in {run.out}/model")
@@ -178,9 +206,9 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def starting_folder(name: str) -> Path:
-    """A stock folder, here or on the hub; of a run folder, its model."""
-    model = Path(name).expanduser() / "model"
-    return find_folder(model if model.is_dir() else name)
+    """A stock folder, here or on the hub; of a run folder its model, of a pipeline its vae."""
+    inner = [Path(name).expanduser() / part for part in ("model", "vae")]
+    return find_folder(next((folder for folder in inner if folder.is_dir()), name))
 
 
 def new_autoencoder(run: Run, recipe: Recipe) -> Any:
@@ -190,10 +218,9 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
         network = NETWORKS[recipe.kind](config)
     else:
         network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
-        run.say(
-            f"going on from {recipe.start}; its scaling_factor, {network.config.scaling_factor}, is replaced by 1 "
-            + ("and the statistics folded in at the end" if recipe.kind == "kl" else "")
-        )
+        applied = {k: getattr(network.config, k, None) for k in LATENT_KEYS}
+        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value is not None)
+        run.say(f"going on from {recipe.start}; what it said of its latents no longer applies: {told}")
         network.config = config
     weights = sum(p.numel() for p in network.parameters())
     run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")
@@ -215,7 +242,10 @@ def new_adversary(run: Run, recipe: Recipe) -> Adversary:
     return Adversary(gan, wrapped, optimizer, network, lambda x: run.accelerator.reduce(x, "mean"))
 
 
-def new_code_use(run: Run, recipe: Recipe) -> CodeUse:
+def new_code_use(run: Run, recipe: Recipe) -> CodeUse | None:
+    """Counts of codes, if unused ones are to be revived."""
+    if not recipe.loss.codebook.revive_every:
+        return None
     assert recipe.network.num_vq_embeddings is not None  # filled in
     return CodeUse(recipe.network.num_vq_embeddings, run.device, lambda x: run.accelerator.reduce(x, "sum"))
 
@@ -225,14 +255,14 @@ def posterior_noise(run: Run, recipe: Recipe, batch: dict[str, Tensor]) -> tuple
     if recipe.kind == "vq":
         return ()
     assert recipe.network.factor and recipe.network.latent_channels  # filled in
-    side = recipe.data.size // recipe.network.factor
-    return (run.normal("posterior", batch, (recipe.network.latent_channels, side, side)),)
+    height, width = (side // recipe.network.factor for side in batch["pixels"].shape[2:])
+    return (run.normal("posterior", batch, (recipe.network.latent_channels, height, width)),)
 
 
 def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks: Sequence[VQModel]) -> None:
     """Every so often, note how much of the codebook is in use, and start unused codes again."""
     every = recipe.loss.codebook.revive_every
-    if not every or run.step % every or run.step == recipe.run.steps:
+    if run.step % every or run.step == recipe.run.steps:
         return
     usage = codebook_usage(codes.counts)
     latents = run.accelerator.gather(latent.unquantized)
@@ -241,10 +271,10 @@ def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks
     run.note(codebook_usage=usage.fraction, perplexity=usage.perplexity, revived=revived)
 
 
-def pixels_to_show(recipe: Recipe, run: Run) -> tuple[Tensor, str]:
+def pixels_to_show(recipe: Recipe, run: Run, trained: Source) -> tuple[Tensor, str]:
     """[N,3,S,S] pictures that reconstructions are judged on, and the split that they are from."""
     source, split = shown_source(recipe.data, recipe.show.split)
-    source = inspected(source, run, split)
+    source = trained if split == recipe.data.split else inspected(source, run, split)
     count = min(recipe.show.count, len(source))
     chosen = [i * len(source) // count for i in range(count)]
     return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split
@@ -290,7 +320,7 @@ def finish(run: Run, autoencoder: Any, source: Source, recipe: Recipe, originals
     """
     if recipe.kind == "kl":
         statistics = LatentStatistics(autoencoder.config.latent_channels)
-        for pixels in run.shares(source, recipe.data.size, "latent statistics"):
+        for pixels in run.shares(source, "latent statistics"):
             statistics.update(autoencoder.encode(pixels))
         if run.accelerator.num_processes > 1:
             statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()

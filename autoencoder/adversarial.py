@@ -26,7 +26,8 @@ class AdversarialConfig:
     kind: Literal["hinge", "non-saturating"] = "hinge"
     """hinge (Lim and Ye 2017) or non-saturating (Goodfellow et al. 2014)"""
     adaptive: bool = True
-    """Multiply the weight by the ratio of the gradients at the decoder's last layer (Esser et al. 2021, eq. 7)"""
+    """Multiply the weight by the ratio of the gradients at the decoder's last layer (Esser et al. 2021, eq. 7), of each
+    batch by itself where run.accumulate adds up several"""
     adaptive_max: float = 1e4
     """The ratio's upper limit"""
     start: int = 1000
@@ -165,12 +166,18 @@ class Adversary:
         self.averages.lerp_(now, max(1 - MEMORY, 1 / (self.seen + 1)))
         self.seen += 1
 
-    def verdict(self) -> str | None:
-        """A warning in a sentence when one side has won and had not at the last call."""
+    def verdict(self, step: int) -> str | None:
+        """A warning in a sentence when one side has won by step `step`, and had not at the last call.
+
+        While the discriminator learns alone it may guess.
+        """
         right, before = float(self.averages[2]), self.winner
         self.winner = ""
         if self.seen >= 1 / (1 - MEMORY):
-            self.winner = "discriminator" if right > WON else "autoencoder" if right < LOST else ""
+            if right > WON:
+                self.winner = "discriminator"
+            elif right < LOST and self.weight(step):
+                self.winner = "autoencoder"
         if self.winner == before:
             return None
         if self.winner == "discriminator":

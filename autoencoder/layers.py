@@ -4,9 +4,34 @@ Attribute names are those of diffusers, so that weight files need no converter.
 Shapes: B batch, C channels, H x W pixels (or latent pixels), T channels of the time embedding.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Checkpointed(nn.Module):
+    """Base of the blocks whose layers' insides need not be kept for the backward pass."""
+
+    checkpointing = False  # see enable_checkpointing
+
+    def through(self, layer: Callable[..., Tensor], *inputs: object) -> Tensor:
+        """What `layer`, a part of this block, makes of the inputs."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+def enable_checkpointing(network: nn.Module) -> None:
+    """Keep only what goes in and out of each layer of the blocks and compute the rest again in the backward pass.
+
+    Gradients stay the same; memory shrinks and a training step costs one more forward pass.
+    """
+    for module in network.modules():
+        if isinstance(module, Checkpointed):
+            module.checkpointing = True
 
 
 class GroupNorm(nn.GroupNorm):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import Attention, Downsample, GroupNorm, ResnetBlock, Upsample
+from autoencoder.layers import Attention, Checkpointed, Downsample, GroupNorm, ResnetBlock, Upsample
 from autoencoder.store import StockConfig
 
 
@@ -77,7 +77,7 @@ def _resnets(in_channels: int, out_channels: int, layers: int, groups: int) -> n
     return nn.ModuleList(ResnetBlock(before, after, groups=groups) for before, after in pairwise(widths))
 
 
-class DownBlock(nn.Module):
+class DownBlock(Checkpointed):
     """Residual blocks, then half the resolution if `downsample`."""
 
     def __init__(
@@ -90,11 +90,11 @@ class DownBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] => [B, out_channels, H/2, W/2], or H, W without downsampling."""
         for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
+            x = self.through(layer, x)
         return x
 
 
-class UpBlock(nn.Module):
+class UpBlock(Checkpointed):
     """Residual blocks, then twice the resolution if `upsample`."""
 
     def __init__(
@@ -107,11 +107,11 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] => [B, out_channels, 2H, 2W], or H, W without upsampling."""
         for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
+            x = self.through(layer, x)
         return x
 
 
-class MidBlock(nn.Module):
+class MidBlock(Checkpointed):
     """Two residual blocks at the lowest resolution, with attention between them if `attention`."""
 
     def __init__(self, channels: int, *, groups: int, attention: bool) -> None:
@@ -121,10 +121,9 @@ class MidBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] => [B, C, H, W]."""
-        x = self.resnets[0](x)
-        for attention in self.attentions:
-            x = attention(x)
-        return self.resnets[1](x)
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = self.through(layer, x)
+        return x
 
 
 class Encoder(nn.Module):

@@ -14,9 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from autoencoder.layers import Downsample, GroupNorm, ResnetBlock, Upsample
+from autoencoder.layers import Checkpointed, Downsample, GroupNorm, ResnetBlock, Upsample
 
 
 class Prompt(NamedTuple):
@@ -226,7 +225,7 @@ class LevelConfig:
         )
 
 
-class Block(nn.Module):
+class Block(Checkpointed):
     """What the down, middle and up blocks share: residual blocks, some followed by a transformer.
 
     Args:
@@ -235,8 +234,6 @@ class Block(nn.Module):
         transformers: how many of the residual blocks, from the first, have a transformer after them.
     """
 
-    checkpointing = False  # see UNet.enable_checkpointing
-
     def __init__(self, level: LevelConfig, in_channels: Sequence[int], transformers: int) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(level.resnet(channels) for channels in in_channels)
@@ -244,9 +241,7 @@ class Block(nn.Module):
 
     def layer(self, i: int, x: Tensor, emb: Tensor, prompt: Prompt | None) -> Tensor:
         """Residual block `i` and its transformer: [B,*,H,W], time embedding [B,T] => [B,C,H,W]."""
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._layer, i, x, emb, prompt, use_reentrant=False)
-        return self._layer(i, x, emb, prompt)
+        return self.through(self._layer, i, x, emb, prompt)
 
     def _layer(self, i: int, x: Tensor, emb: Tensor, prompt: Prompt | None) -> Tensor:
         x = self.resnets[i](x, emb)

@@ -15,10 +15,11 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice, starmap
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from ldm.checkpoint import digest, writing
 from ldm.conditioning import Text, labels_of, text_of
 from ldm.config import UserError
 from ldm.data import DataConfig, Source
-from ldm.sampling import Squares, cores, read, slices
+from ldm.sampling import Stills, cores, groups, read, slices
 
 VERSION = 2
 SHARD = 1024
@@ -40,20 +41,28 @@ SHARD = 1024
 BATCH = 32
 """Pictures, or captions, encoded together"""
 
-Compute = Callable[[Sequence[tuple[int, int]]], Iterator[dict[str, Tensor]]]
-"""From the first and last numbers of shards to the tensors of each"""
+Members = Sequence[Sequence[int]]
+"""The numbers of the pictures, or captions, in each shard"""
+Compute = Callable[[Members], Iterator[dict[str, Tensor]]]
+"""From the members of some shards to the tensors of each"""
 
 
 class LatentCache:
     """Latents and conditions of a source, for a DataLoader that asks for lists of (position, index)."""
 
     def __init__(
-        self, latents: list[dict[str, Tensor]], conditions: list[dict[str, Tensor]], seed: int
+        self,
+        latents: list[dict[str, Tensor]],
+        conditions: list[dict[str, Tensor]],
+        seed: int,
+        places: np.ndarray,
+        side: int,
     ) -> None:
         self.latents, self.conditions, self.seed = latents, conditions, seed
+        self.places = places  # [N,2] shard and row of each picture
         self.which: Tensor | None = None  # [N] row of each picture's caption among the distinct ones
         self.labels: Tensor | None = None
-        self.shape = tuple(latents[0]["mean"].shape[2:])  # C, h, w
+        self.shape = (latents[0]["mean"].shape[2], side, side)  # C, h, w of a square
         self.ways = latents[0]["mean"].shape[1]
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -64,8 +73,8 @@ class LatentCache:
         for name in ("mean", "std"):
             batch[name] = torch.stack(
                 [
-                    self.latents[i // SHARD][name][i % SHARD, w]
-                    for i, w in zip(indices.tolist(), way.tolist(), strict=True)
+                    self.latents[shard][name][row, w]
+                    for (shard, row), w in zip(self.places[indices].tolist(), way.tolist(), strict=True)
                 ]
             )
         if self.which is not None:
@@ -89,7 +98,15 @@ def build(
 
     Args:
         autoencoder, conditioner: on the run's device; the conditioner's states are kept only if it is frozen.
+
+    Raises:
+        UserError: the sizes of `source` are no multiples of the autoencoder's factor, or the disk is full.
     """
+    if data.bucket_step % autoencoder.config.factor:
+        raise UserError(
+            f"data.bucket_step is {data.bucket_step}, which the autoencoder's factor {autoencoder.config.factor} "
+            "does not divide."
+        )
     parts = [
         VERSION,
         weight_hash(autoencoder.state_dict()),
@@ -98,17 +115,22 @@ def build(
         data.size,
         data.flip,
         data.background,
+        None if source.sizes is None else source.sizes.tobytes(),
     ]
+    members, side = groups(source, SHARD), data.size // autoencoder.config.factor
+    places = np.zeros((len(source), 2), dtype=np.int64)
+    for shard, indices in enumerate(members):
+        places[indices, 0], places[indices, 1] = shard, range(len(indices))
     latents = _shards(
         folder / f"latents-{_key(*parts)}",
-        len(source),
+        members,
         run,
         "latents",
         _encode(source, data, autoencoder, run),
     )
     text = text_of(conditioner)
     if text is None or source.texts is None:
-        cache = LatentCache(latents, [], run.config.seed)
+        cache = LatentCache(latents, [], run.config.seed, places, side)
         cache.labels = source.labels
         return cache
     captions = sorted(set(source.texts))
@@ -116,12 +138,12 @@ def build(
     key = _key(VERSION, weights, text.vocabulary_hash(), *captions)
     conditions = _shards(
         folder / f"text-{key}",
-        len(captions),
+        [*slices(0, len(captions), SHARD)],
         run,
         "captions",
-        partial(starmap, _read(captions, text, run)),
+        partial(map, _read(captions, text, run)),
     )
-    cache = LatentCache(latents, conditions, run.config.seed)
+    cache = LatentCache(latents, conditions, run.config.seed, places, side)
     cache.labels = source.labels if labels_of(conditioner) else None
     row = {caption: i for i, caption in enumerate(captions)}
     cache.which = torch.tensor([row[text] for text in source.texts])
@@ -132,12 +154,12 @@ def _key(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _shards(folder: Path, count: int, run: Any, what: str, compute: Compute) -> list[dict[str, Tensor]]:
+def _shards(folder: Path, members: Members, run: Any, what: str, compute: Compute) -> list[dict[str, Tensor]]:
     """Shards of `compute`, each made by one process and memory-mapped by all.
 
     A shard counts only with its sum beside it, which is written last and compared at every start.
     """
-    paths = [folder / f"{i:05d}.safetensors" for i in range(-(-count // SHARD))]
+    paths = [folder / f"{i:05d}.safetensors" for i in range(len(members))]
     rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
     if run.main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,13 +172,14 @@ def _shards(folder: Path, count: int, run: Any, what: str, compute: Compute) -> 
     missing = [i for i, path in enumerate(paths) if not path.exists()]
     run.accelerator.wait_for_everyone()  # nobody writes while others still look
     mine = missing[rank::ranks]
-    spans = [(i * SHARD, min(count, (i + 1) * SHARD)) for i in mine]
-    with tqdm(total=len(missing) * SHARD, unit="img", desc=what, disable=not (run.main and missing)) as bar:
-        for done, (i, tensors) in enumerate(zip(mine, compute(spans), strict=True)):
+    some = [members[i] for i in mine]
+    total = sum(len(members[i]) for i in missing)
+    with tqdm(total=total, unit="img", desc=what, disable=not (run.main and missing)) as bar:
+        for done, (i, tensors) in enumerate(zip(mine, compute(some), strict=True)):
             if not done:
                 _require_room(folder, sum(t.nbytes for t in tensors.values()) * len(missing))
             _write(paths[i], tensors)
-            bar.update(SHARD * ranks)
+            bar.update(min(len(members[i]) * ranks, total - bar.n))
     run.accelerator.wait_for_everyone()
     return [load_file(path) for path in paths]
 
@@ -203,11 +226,9 @@ def _require_room(folder: Path, size: int) -> None:
 
 def _encode(source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: Any) -> Compute:
     @torch.no_grad()
-    def compute(spans: Sequence[tuple[int, int]]) -> Iterator[dict[str, Tensor]]:
-        batches = [[*slices(*span, BATCH)] for span in spans]
-        pictures = read(
-            Squares(source, data.size), [b for shard in batches for b in shard], cores(len(source))
-        )
+    def compute(members: Members) -> Iterator[dict[str, Tensor]]:
+        batches = [[some[p.start : p.stop] for p in slices(0, len(some), BATCH)] for some in members]
+        pictures = read(Stills(source), [b for shard in batches for b in shard], cores(len(source)))
         for shard in batches:
             means, stds = [], []
             for pixels in islice(pictures, len(shard)):
@@ -225,11 +246,11 @@ def _encode(source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: A
 
 def _read(captions: list[str], conditioner: Text, run: Any) -> Callable[..., dict[str, Tensor]]:
     @torch.no_grad()
-    def compute(first: int, last: int) -> dict[str, Tensor]:
+    def compute(some: range) -> dict[str, Tensor]:
         if not conditioner.frozen:
-            return conditioner.read(captions[first:last])
+            return conditioner.read(captions[some.start : some.stop])
         states = []
-        for indices in slices(first, last, BATCH):
+        for indices in slices(some.start, some.stop, BATCH):
             read = conditioner.read([captions[i] for i in indices])
             states.append(conditioner.encode({name: value.to(run.device) for name, value in read.items()}))
         return {name: torch.cat([part[name].cpu() for part in states]).contiguous() for name in states[0]}

@@ -13,6 +13,7 @@ import jsonargparse
 import yaml
 
 Recipe = TypeVar("Recipe")
+DRY_RUN = "--dry-run"
 
 
 class UserError(Exception):
@@ -68,8 +69,16 @@ def parser_for(cls: type, prog: str) -> jsonargparse.ArgumentParser:
     )
     parser = Parser(prog=prog, description=cls.__doc__)
     parser.add_argument("--config", action="config", help="a recipe in YAML; later arguments override it")
+    parser.epilog = (
+        f"{DRY_RUN}: try everything once, say what it takes and how long, and leave nothing behind"
+    )
     parser.add_class_arguments(cls, None)
     return parser
+
+
+def without(flag: str, argv: Sequence[str]) -> tuple[list[str], bool]:
+    """Arguments without a flag, and whether it was among them."""
+    return [word for word in argv if word != flag], flag in argv
 
 
 def load(cls: type[Recipe], argv: Sequence[str], *, prog: str) -> Recipe:

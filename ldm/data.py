@@ -23,6 +23,7 @@ from ldm.config import UserError
 from ldm.formats import Found, find
 from ldm.pictures import Stored, content, decoded, fitted
 from ldm.scenes import Scenes
+from ldm.streaming import small_copy
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 LABEL_COLUMNS = ("label", "class", "category")
@@ -43,14 +44,17 @@ class DataConfig:
     """What to train on."""
 
     path: tuple[str, ...] | str = "scenes"
-    """scenes (drawn), a folder of pictures or shards, hub:NAME of a data set on the hub, or a list of these,
-    [one, two], which are used together"""
+    """scenes (drawn), a folder of pictures or shards, hub:NAME or hub:NAME@REVISION of a data set on the hub, or a list
+    of these, [one, two], which are used together"""
     split: str = "train"
     """Which part of the data is trained on"""
     size: int = 64
     """Side in pixels that pictures are brought to: shorter side resized, longer side cropped"""
     crop: Literal["center", "random"] = "center"
     """What is kept of the longer side; random: another part each time (stage 1 only: latents are made once)"""
+    bucket_step: int = 0
+    """Keep shapes: bring pictures to sizes whose sides are multiples of this many pixels and whose areas are at most
+    size x size, each batch of one size (aspect-ratio buckets); 0: squares alone"""
     flip: bool = False
     """Mirror half of the pictures; not for things with a left and a right, or with writing"""
     text: str | None = None
@@ -65,6 +69,10 @@ class DataConfig:
     """Larger pictures are not decoded, and count as bad"""
     bad_share: float = 0.01
     """Share of pictures that may be bad (skipped, and named in bad_pictures.jsonl); with more, nothing is trained"""
+    streaming: bool = False
+    """For sets larger than the disk (hub:NAME, parquet): read them once as a stream, and keep the pictures at `size`"""
+    limit: int | None = None
+    """With streaming: use the first so many pictures alone"""
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
     def __post_init__(self) -> None:
@@ -76,6 +84,18 @@ class DataConfig:
             raise ValueError(
                 f"data.path is {self.where or 'an empty list'}, but must be scenes alone, or one or more of the others"
             )
+        if (self.limit is not None and not self.streaming) or (self.limit or 1) < 1:
+            raise ValueError(
+                f"data.limit is {self.limit}, but must be at least 1, and is for data.streaming alone"
+            )
+        if self.streaming and self.path == "scenes":
+            raise ValueError("data.streaming is set, but data.path is scenes: remove one of the two")
+        if self.bucket_step and (self.bucket_step < 0 or self.size % self.bucket_step):
+            raise ValueError(
+                f"data.bucket_step is {self.bucket_step}, but must divide data.size {self.size}, or be 0"
+            )
+        if self.bucket_step and self.path == "scenes":
+            raise ValueError("data.bucket_step is set, but data.path is scenes, which are square: remove one")
         if not 0 <= self.bad_share < 1:
             raise ValueError(f"data.bad_share is {self.bad_share}, but must lie in [0, 1)")
         if not 0 < self.max_megapixels <= 178:
@@ -101,6 +121,7 @@ class Source:
         texts: one caption a picture, or None.
         labels: [N] int64 class of each picture, or None; `classes` names them.
         sums: one hash for the bytes of each picture, once `ldm.inspection` has read them all.
+        sizes: [N,2] width and height that each is brought to, if that is not a square (`ldm.buckets`).
     """
 
     def __init__(
@@ -119,6 +140,7 @@ class Source:
         self.texts, self.classes, self.files = texts, tuple(classes), tuple(files)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self.sums: np.ndarray | None = None
+        self.sizes: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -147,8 +169,15 @@ class Source:
         whole = decoded(stored.name, content(stored), self.config.max_megapixels).image
         return fitted(whole, size, self.config.background, place)
 
-    def chosen(self, indices: Sequence[int], sums: np.ndarray) -> Source:
-        """The pictures `indices` alone, whose hashes are `sums`."""
+    def size(self, index: int) -> tuple[int, int]:
+        """Width and height that picture `index` is brought to in training."""
+        if self.sizes is None:
+            return self.config.size, self.config.size
+        width, height = self.sizes[index].tolist()
+        return width, height
+
+    def chosen(self, indices: Sequence[int]) -> Source:
+        """The pictures `indices` alone."""
         labels = None if self.labels is None else self.labels[list(indices)].tolist()
         texts = None if self.texts is None else [self.texts[i] for i in indices]
         pictures = Some(self.pictures, indices)
@@ -162,7 +191,8 @@ class Source:
             notes=self.notes,
             files=self.files,
         )
-        one.sums = sums
+        one.sums = None if self.sums is None else self.sums[list(indices)]
+        one.sizes = None if self.sizes is None else self.sizes[list(indices)]
         return one
 
     def describe(self) -> str:
@@ -256,7 +286,7 @@ def open_source(config: DataConfig, split: str | None = None) -> Source:
     split = split or config.split
     if config.path == "scenes":
         return SceneSource(config, split)
-    parts = [_source(path, find(path, split), config) for path in config.paths]
+    parts = [_source(path, _found(path, split, config), config) for path in config.paths]
     return parts[0] if len(parts) == 1 else _joined(parts, config)
 
 
@@ -270,6 +300,12 @@ def shown_source(config: DataConfig, split: str | None) -> tuple[Source, str]:
             if split:
                 raise
     return open_source(config), config.split
+
+
+def _found(path: str, split: str, config: DataConfig) -> Found:
+    if not config.streaming:
+        return find(path, split)
+    return small_copy(path, split, config.size, config.background, config.max_megapixels, config.limit)
 
 
 def _source(path: str, found: Found, config: DataConfig) -> Source:

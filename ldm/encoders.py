@@ -43,7 +43,8 @@ class TextConfig:
     the projection with the time"""
     weights: Literal["pretrained", "random"] = "pretrained"
     """Of `encoder` and `encoder_2`. pretrained: frozen, with their tokenizers. random: only the shape in their
-    config.json is used; weights are trained jointly, with a tokenizer made from the captions"""
+    config.json (a folder with it, or the file) is used; weights are trained jointly, with a tokenizer made from the
+    captions"""
     max_length: int = 16
     """Tokens a caption is padded or cut to"""
     width: int = 128

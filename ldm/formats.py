@@ -68,8 +68,9 @@ def find(path: str, split: str) -> Found:
     folder = Path(path).expanduser()
     if not folder.exists():
         if path.startswith("hub:"):
-            name = path.removeprefix("hub:")
-            return _table(_loaded(name, split, name), f"hub data set {name}, split {split}", name, None)
+            name, _, revision = path.removeprefix("hub:").partition("@")
+            rows = load(name, split, name, revision=revision or None)
+            return table(rows, f"hub data set {name}, split {split}", name, None)
         raise UserError(
             f"There is nothing at {path}; set data.path to a folder of pictures, to hub:NAME/OF-A-SET, or to scenes."
         )
@@ -81,8 +82,8 @@ def find(path: str, split: str) -> Found:
     if metadata:
         return _with_metadata(folder, metadata, pictures, split)
     if any(file.suffix == ".parquet" for file in files):
-        rows = _loaded("parquet", split, path, data_dir=str(folder))
-        return _table(rows, f"parquet shards, split {split}", path, folder.resolve())
+        rows = load("parquet", split, path, data_dir=str(folder))
+        return table(rows, f"parquet shards, split {split}", path, folder.resolve())
     tars = [file for file in files if file.suffix == ".tar"]
     if tars:
         return _tars(folder, tars, split)
@@ -305,7 +306,7 @@ def stored(value: Any, name: str, root: Path | None) -> Stored:
     return Stored(name, path=path, root=root)
 
 
-def _table(rows: Any, kind: str, where: str, root: Path | None) -> Found:
+def table(rows: Any, kind: str, where: str, root: Path | None) -> Found:
     """A `datasets.Dataset`, whose own way of opening pictures is not used: it fetches URLs and opens any format."""
     import datasets
 
@@ -350,7 +351,7 @@ def holds_pictures(name: str, feature: Any) -> bool:
     return (isinstance(feature, dict) and "bytes" in feature) or "binary" in getattr(feature, "dtype", "")
 
 
-def _loaded(name: str, split: str, where: str, **options: Any) -> Any:
+def load(name: str, split: str, where: str, **options: Any) -> Any:
     import datasets
 
     datasets.disable_progress_bars()

@@ -24,13 +24,14 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from autoencoder.files import flush, write_text
+from ldm.buckets import assign, described, sizes_for
 from ldm.checkpoint import writing
 from ldm.config import UserError
 from ldm.data import SceneSource, Source, content_sum
 from ldm.pictures import FORMATS, BadPicture, content, decoded
 from ldm.sampling import cores, read, slices
 
-VERSION = 1
+VERSION = 2
 BATCH = 64
 """Pictures that a worker reads at a time"""
 
@@ -101,6 +102,8 @@ def look(source: Source, *, thorough: bool = False, show: bool = True) -> Iterat
 def inspected(source: Source, run: Any, split: str = "") -> Source:
     """The sound pictures of `source`; the others are named in OUT/bad_pictures.jsonl. Called by all processes of `run`.
 
+    With `data.bucket_step`, those trained on have been given their `sizes`.
+
     Args:
         split: goes into the name of that file, if it is not the one trained on.
 
@@ -116,18 +119,24 @@ def inspected(source: Source, run: Any, split: str = "") -> Source:
     result = _read(kept)
     if result is None:
         raise UserError(f"{kept} has vanished or is damaged; run the same command again.")
-    sums, bad, remarks = result
+    source.sums, sizes, bad, remarks = result
     names = run.out / f"bad_pictures{'-' * bool(split)}{split}.jsonl"
     if run.main:
         _name(bad, names)
     if remarks:
         run.say(f"{len(remarks):,} pictures: {remarks[0][0]} {remarks[0][1]}")
-    if not bad:
-        return source.chosen(range(len(source)), sums)
-    _judge(source, bad, names)
-    run.say(f"{len(bad):,} of {len(source):,} pictures are bad, left out and named in {names}: {_first(bad)}")
     sound = np.setdiff1d(np.arange(len(source)), [index for index, _, _ in bad])
-    return source.chosen(sound.tolist(), sums[sound])
+    if bad:
+        _judge(source, bad, names)
+        run.say(
+            f"{len(bad):,} of {len(source):,} pictures are bad, left out and named in {names}: {_first(bad)}"
+        )
+    left = source.chosen(sound.tolist())
+    step = source.config.bucket_step
+    if step and not split:
+        left.sizes = assign(sizes[sound], sizes_for(source.config.size, step), run.config.batch_size)
+        run.say(described(left.sizes))
+    return left
 
 
 def _judge(source: Source, bad: Sequence[Sequence[Any]], names: Path) -> None:
@@ -160,9 +169,10 @@ def _name(bad: Sequence[Sequence[Any]], file: Path) -> None:
 def _inspect(source: Source, file: Path) -> None:
     """Look at every picture and write what was found, whole or not at all."""
     sums = np.zeros((len(source), 16), dtype=np.uint8)
+    sizes = np.zeros((len(source), 2), dtype=np.int32)
     bad, remarks = [], []
     for index, seen in enumerate(look(source)):
-        sums[index] = np.frombuffer(seen.sum, dtype=np.uint8)
+        sums[index], sizes[index] = np.frombuffer(seen.sum, dtype=np.uint8), seen.size
         if seen.reason:
             bad.append((index, seen.name, seen.reason))
         elif seen.remark:
@@ -170,16 +180,17 @@ def _inspect(source: Source, file: Path) -> None:
     fresh = file.with_suffix(".writing")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"sums": sums}, fresh, metadata={"bad": json.dumps(bad), "remarks": json.dumps(remarks)})
+        about = {"bad": json.dumps(bad), "remarks": json.dumps(remarks)}
+        save_file({"sums": sums, "sizes": sizes}, fresh, metadata=about)
         flush(fresh)
         fresh.replace(file)
 
 
-def _read(file: Path) -> tuple[np.ndarray, list[Any], list[Any]] | None:
+def _read(file: Path) -> tuple[np.ndarray, np.ndarray, list[Any], list[Any]] | None:
     try:
         with safe_open(file, framework="numpy") as kept:
-            metadata = kept.metadata()
-            return kept.get_tensor("sums"), json.loads(metadata["bad"]), json.loads(metadata["remarks"])
+            bad, remarks = (json.loads(kept.metadata()[name]) for name in ("bad", "remarks"))
+            return kept.get_tensor("sums"), kept.get_tensor("sizes"), bad, remarks
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 

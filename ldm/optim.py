@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ldm.config import UserError
+from ldm.sharding import is_sharded, laid_out_like, whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """How weights move."""
 
-    name: Literal["muon", "adamw"] = "muon"
-    """muon: Muon for weight matrices and convolutions, AdamW for the rest. adamw: AdamW for everything"""
+    name: Literal["muon", "adamw", "adamw8bit", "schedulefree"] = "muon"
+    """muon: Muon for weight matrices and convolutions, AdamW for the rest. adamw: AdamW for everything. adamw8bit: its
+    means in 8 bits (package bitsandbytes). schedulefree: AdamW without a schedule (Defazio et al. 2024, package
+    schedulefree); decay must be none, and the averaged weights are averages of its own average"""
     lr: float = 2e-3
     """Peak learning rate"""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -35,6 +42,10 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.lr is {self.lr}, but must be a positive number")
         if not 0 <= self.decay_from < 1:
             raise ValueError(f"optimizer.decay_from is {self.decay_from}, but must lie in [0, 1)")
+        if self.name == "schedulefree" and self.decay != "none":
+            raise ValueError(
+                f"optimizer.decay is {self.decay}, but schedulefree needs no fall of the rate; set it to none"
+            )
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of optimizer step `step` (0-based) in a run of `steps`."""
@@ -46,7 +57,7 @@ class OptimizerConfig:
 
 
 def make_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
-    """One optimizer over the trainable parameters of `modules`."""
+    """One optimizer over the trainable parameters of `modules`; UserError where its package is not installed."""
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     seen: set[int] = set()  # a tied weight belongs to several modules
@@ -63,7 +74,64 @@ def make_optimizer(config: OptimizerConfig, modules: Iterable[nn.Module]) -> tor
         {"params": matrices, "weight_decay": config.weight_decay, "muon": config.name == "muon"},
         {"params": vectors, "weight_decay": 0.0, "muon": False},
     ]
-    return Muon([group for group in groups if group["params"]], lr=config.lr, betas=config.betas)
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw8bit":
+        return _adamw8bit(groups, config)
+    if config.name == "schedulefree":
+        library = _package("schedulefree", config.name)
+        optimizer = library.AdamWScheduleFree(groups, lr=config.lr, betas=config.betas)
+        optimizer.train()
+        return optimizer
+    return Muon(groups, lr=config.lr, betas=config.betas)
+
+
+def _package(package: str, optimizer: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(
+            f"optimizer.name is {optimizer}, which needs the package {package}; pip install {package}, "
+            "or choose muon or adamw."
+        ) from None
+
+
+def _adamw8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    library = _package("bitsandbytes", config.name)
+    for group in groups:
+        for p in group[
+            "params"
+        ]:  # its kernels walk memory, whatever the layout: keep one that a checkpoint keeps
+            p.data = p.data.contiguous()
+
+    class AdamW8bit(library.optim.AdamW8bit):  # type: ignore[misc, name-defined]
+        def state_dict(self) -> dict[str, Any]:
+            """Without the sharing of tables between parameters, which safetensors files can't hold."""
+            state = super().state_dict()
+            state["state"] = {key: cloned(value) for key, value in state["state"].items()}
+            return state
+
+    return AdamW8bit(groups, lr=config.lr, betas=config.betas)
+
+
+def cloned(state: Any) -> Any:
+    """A nest of dicts with each tensor in memory of its own."""
+    if isinstance(state, dict):
+        return {key: cloned(value) for key, value in state.items()}
+    return state.clone() if isinstance(state, Tensor) else state
+
+
+@contextmanager
+def as_judged(optimizer: Any) -> Iterator[None]:
+    """Around what reads the weights between steps: schedule-free training moves others than those that are the result.
+
+    Going there and back changes weights by float32 rounding, so it is done after every step or not at all.
+    """
+    switches = hasattr(optimizer, "eval")  # Accelerate's wrapping has it, and passes it on where there is one
+    if switches:
+        optimizer.eval()
+    yield
+    if switches:
+        optimizer.train()
 
 
 class Muon(torch.optim.AdamW):
@@ -84,7 +152,7 @@ class Muon(torch.optim.AdamW):
         for p, state in self.state.items():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
-                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+                    state[key] = laid_out_like(p, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -110,13 +178,14 @@ class Muon(torch.optim.AdamW):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for members in _by_shape(parameters).values():
             steps = orthogonalise(
-                torch.stack([nesterov[i].reshape(parameters[i].shape[0], -1) for i in members])
+                torch.stack([whole(nesterov[i]).reshape(parameters[i].shape[0], -1) for i in members])
             )
             scale = 0.2 * math.sqrt(max(steps.shape[1:]))
             for i, update in zip(members, steps, strict=True):
-                parameters[i].add_(
-                    update.view(parameters[i].shape).to(parameters[i].dtype), alpha=-group["lr"] * scale
-                )
+                step = update.view(parameters[i].shape).to(parameters[i].dtype)
+                if is_sharded(parameters[i]):
+                    step = laid_out_like(parameters[i], step)
+                parameters[i].add_(step, alpha=-group["lr"] * scale)
         for p in parameters:
             p.grad = None
 

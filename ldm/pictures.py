@@ -208,10 +208,15 @@ def fitted(
     image = ImageOps.exif_transpose(image)
     if image.mode not in ("RGB", "RGBA"):
         image = _plain(image)
+    target = (size, size) if isinstance(size, int) else size
+    return ImageOps.fit(flattened(image, background), target, Image.Resampling.LANCZOS, centering=place)
+
+
+def flattened(image: Image.Image, background: str) -> Image.Image:
+    """RGB, RGBA or L as RGB, with `background` behind what is transparent."""
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    target = (size, size) if isinstance(size, int) else size
-    return ImageOps.fit(image.convert("RGB"), target, Image.Resampling.LANCZOS, centering=place)
+    return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from ldm.config import UserError
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -25,6 +27,10 @@ class RunConfig:
     """Decides initial weights, data order, noise and dropout"""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Of activations; weights and their averages stay float32. auto: bf16 where the processor has it"""
+    gradient_checkpointing: bool = False
+    """Compute the insides of the networks' layers twice instead of keeping them: less memory, a slower step"""
+    compile: Literal["no", "inductor", "aot_eager"] = "no"
+    """Compile the trained networks. inductor: into fused kernels. aot_eager: traced only, to look for faults"""
     max_norm: float = 1.0
     """Gradients longer than this are scaled down to it"""
     save_every: int = 1000
@@ -38,7 +44,7 @@ class RunConfig:
     shard: bool = False
     """Give each process a part of weights, gradients and optimizer state (FSDP), for networks too large to repeat"""
     tracker: str = "tensorboard"
-    """A tracker that Accelerate knows, or none"""
+    """none, or what Accelerate knows: tensorboard, wandb, trackio, mlflow, aim, comet_ml, clearml, dvclive, swanlab"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
@@ -50,6 +56,15 @@ class RunConfig:
             raise ValueError(
                 f"run.keep is {self.keep}, but must be at least 2: the newest may turn out damaged"
             )
+
+
+def chosen_precision(precision: str) -> str:
+    """What `run.precision` means on this machine; UserError if it can't train in it."""
+    if precision == "fp16" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        raise UserError(
+            "run.precision is fp16, which trains on a GPU alone; set run.precision to bf16 or no."
+        )
+    return best_precision() if precision == "auto" else precision
 
 
 def best_precision() -> Literal["no", "bf16"]:

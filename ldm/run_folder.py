@@ -21,15 +21,21 @@ IMMATERIAL = (
     "run.timeout",
     "run.accumulate",
     "run.shard",
+    "run.gradient_checkpointing",
+    "run.compile",
     "show",
     "workers",
     "autoencoder",
+    "data.path",
+    "data.bad_share",
+    "data.max_megapixels",
 )
-"""Settings that may change between two starts of one run without changing what it learns."""
+"""Settings that may change between two starts of one run without changing what it learns: the contract holds the
+autoencoder and the pictures, wherever they lie."""
 
 
 def open_folder(out: Path, recipe: Any) -> list[str]:
-    """Make the folder, or clear what killed writes left in it; says which settings have changed since the last start.
+    """Make the folder, or clear what killed writes left in it; gives what `changed_settings` does.
 
     Raises:
         UserError: it can't be made, or holds a run with other settings that matter.
@@ -40,6 +46,15 @@ def open_folder(out: Path, recipe: Any) -> list[str]:
         raise UserError(f"The run folder {out} can't be made: {problem.strerror}; set run.out.") from None
     mend(out)
     mend(out / "checkpoints")
+    return changed_settings(out, recipe)
+
+
+def changed_settings(out: Path, recipe: Any) -> list[str]:
+    """Which settings have changed since the last start of the run in a folder, if there is one.
+
+    Raises:
+        UserError: one that matters has.
+    """
     saved = out / "config.yaml"
     if not saved.exists() or not begun(out):
         return []

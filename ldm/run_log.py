@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder.files import write_text
+from ldm import trackers
 from ldm.checkpoint import writing
 
 
@@ -33,6 +33,11 @@ class RunLog:
         self._notes: dict[str, list[Tensor | float]] = {}
         self._remarks: dict[str, float] = {}
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been trained yet: the time to try what would else fail for the first time hours later."""
+        return self.step == 0
+
     def say(self, text: str) -> None:
         """Print on the first process, above the progress bar."""
         if self.main:
@@ -46,8 +51,8 @@ class RunLog:
             folder.mkdir(exist_ok=True)
             sheet.save(file)
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                tracker.log_images({name: np.asarray(sheet)[None]}, step=self.step, dataformats="NHWC")
+            if not trackers.log_picture(tracker, name, sheet, self.step) and self.fresh:
+                self.say(f"{tracker.name} takes no pictures from Accelerate; they are in {folder}")
 
     def note(self, **values: Tensor | float) -> None:
         """Add to what `log` writes the mean of; called by all processes alike. Costs no wait for the device."""
@@ -55,8 +60,9 @@ class RunLog:
             self._notes.setdefault(name, []).append(value)
 
     def remark(self, **values: float) -> None:
-        """Values for the next `log` that the first process alone knows."""
-        self._remarks |= values
+        """Values for the next `log` that the first process alone knows; nothing is logged of a fresh run."""
+        if not self.fresh:
+            self._remarks |= values
 
     def log(self) -> None:
         """Write the means since the last call, over all processes, and the remarks, to files and the tracker.

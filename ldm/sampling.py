@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ldm import random
+from ldm.buckets import Buckets
 from ldm.config import UserError
 from ldm.data import DataConfig, Source
 from ldm.pictures import to_tensor
@@ -30,29 +31,49 @@ def order(source: Source, balance: bool) -> np.ndarray:
     return np.concatenate([np.resize(m, most) for m in members if len(m)])
 
 
+def epochs(source: Source, config: DataConfig, batch: int) -> np.ndarray | Buckets:
+    """What a `Stream` goes through: `order`, or for pictures of many sizes `Buckets` for batches of `batch`."""
+    indices = order(source, config.balance)
+    return indices if source.sizes is None else Buckets(indices, source.sizes, batch)
+
+
 class Stream(Sampler[list[tuple[int, int]]]):
     """Batches of (position, index) for one process, endless and the same however it is restarted.
 
     Position counts samples since the start of the run over all processes. Epoch e is a permutation of `order` that
-    depends on (seed, e) alone; batches run across the border of epochs, so that no sample is left out.
+    depends on (seed, e) alone; batches run across the border of epochs, so that no sample is left out. (Of `Buckets`
+    some are: see there.)
     """
 
     def __init__(
-        self, order: np.ndarray, *, seed: int, batch: int, start: int, stop: int, rank: int, ranks: int
+        self,
+        order: np.ndarray | Buckets,
+        *,
+        seed: int,
+        batch: int,
+        start: int,
+        stop: int,
+        rank: int,
+        ranks: int,
     ) -> None:
         self.order, self.seed, self.batch, self.start, self.stop = order, seed, batch, start, stop
         self.rank, self.ranks = rank, ranks
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, shuffled = -1, self.order
+        epoch, shuffled = -1, np.arange(0)
         for first in range(self.start, self.stop, self.batch * self.ranks):
             items = []
             for position in range(first + self.rank * self.batch, first + (self.rank + 1) * self.batch):
                 if position // len(self.order) != epoch:
                     epoch = position // len(self.order)
-                    shuffled = self.order[random.permutation(self.seed, "order", epoch, len(self.order))]
+                    shuffled = self._epoch(epoch)
                 items.append((position, int(shuffled[position % len(self.order)])))
             yield items
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if isinstance(self.order, Buckets):
+            return self.order.epoch(self.seed, number)
+        return self.order[random.permutation(self.seed, "order", number, len(self.order))]
 
 
 class Pixels:
@@ -65,7 +86,7 @@ class Pixels:
         self.source, self.config, self.seed = source, config, seed
 
     def __getitems__(self, items: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """{"position": [B], "index": [B], "pixels": [B,3,S,S] float32 in [-1, 1]}."""
+        """{"position": [B], "index": [B], "pixels": [B,3,H,W] float32 in [-1, 1]}."""
         positions, indices = (torch.tensor(column) for column in zip(*items, strict=True))
         places = torch.full((len(items),), 0.5, dtype=torch.float64)
         if self.config.crop == "random":
@@ -73,7 +94,7 @@ class Pixels:
         pixels = torch.stack(
             [
                 to_tensor(
-                    self.source.picture(i, self.config.size, (place, place))
+                    self.source.picture(i, self.source.size(i), (place, place))
                 )  # only one side is too long
                 for i, place in zip(indices.tolist(), places.tolist(), strict=True)
             ]
@@ -84,14 +105,24 @@ class Pixels:
         return {"position": positions, "index": indices, "pixels": pixels}
 
 
-class Squares:
-    """Pictures as they are, cropped in the middle, for `read`: lists of indices to [B,3,S,S] in [-1, 1]."""
+class Stills:
+    """Pictures cropped in the middle and never mirrored, for `read`: indices of one size to [B,3,H,W] in [-1, 1]."""
 
-    def __init__(self, source: Source, size: int) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
     def __getitems__(self, indices: Sequence[int]) -> Tensor:
-        return torch.stack([to_tensor(self.source.picture(i, self.size)) for i in indices])
+        return torch.stack([to_tensor(self.source.picture(i, self.source.size(i))) for i in indices])
+
+
+def groups(source: Source, size: int, share: slice = slice(None)) -> list[list[int]]:
+    """All indices in lists of at most `size`, each of pictures of one size; of a `share` of all, if given."""
+    indices = np.arange(len(source))[share]
+    bucket = np.zeros(len(indices), dtype=np.int64)
+    if source.sizes is not None:
+        bucket = np.unique(source.sizes[indices], axis=0, return_inverse=True)[1]
+    some = [indices[bucket == b].tolist() for b in np.unique(bucket)]
+    return [one[part.start : part.stop] for one in some for part in slices(0, len(one), size)]
 
 
 def slices(first: int, last: int, size: int) -> Iterator[range]:

@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def shard(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Leave each process its part of the weights of `modules`; `optimizers` go on with the parts.
 
-    A forward pass gathers a module's weights block by block, where it has a list of blocks, and the rest at once.
+    A forward pass gathers a module's weights layer by layer, and the rest at once.
     """
     from torch.distributed.fsdp import fully_shard
 
     parts: dict[int, nn.Parameter] = {}
     for module in modules:
+        module.to(memory_format=torch.contiguous_format)  # a part of channels-last weights isn't supported
         before = dict(module.named_parameters())
         for block in _blocks(module):
             if any(p.requires_grad for p in block.parameters()):
@@ -31,9 +32,12 @@ def shard(modules: Iterable[nn.Module], optimizers: Iterable[torch.optim.Optimiz
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules."""
-    for child in module.children():
-        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+    """What is gathered by itself: layers that are given tensors, not lists, which `fully_shard` would copy."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and name in ("resnets", "attentions", "layers"):
+            yield from child
+        else:
+            yield from _blocks(child)
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -30,15 +30,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from autoencoder.files import write_text
-from ldm import checkpoint, random
+from autoencoder.layers import enable_checkpointing
+from ldm import checkpoint, random, trackers
+from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog
 from ldm.optim import OptimizerConfig
-from ldm.run_config import RunConfig, best_precision
+from ldm.run_config import RunConfig, chosen_precision
 from ldm.run_folder import is_finished, open_folder
 from ldm.run_log import RunLog
-from ldm.sampling import Squares, Stream, cores, read, slices
+from ldm.sampling import Stills, Stream, cores, groups, read
 from ldm.sharding import shard, whole
 from ldm.signals import StopSignals
 
@@ -58,8 +60,8 @@ class Run(RunLog):
     """
 
     def __init__(self, config: RunConfig, recipe: Any) -> None:
-        precision = best_precision() if config.precision == "auto" else config.precision
-        tracker = None if config.tracker == "none" else config.tracker
+        precision = chosen_precision(config.precision)
+        tracker = trackers.chosen_tracker(config.tracker)
         accelerator = Accelerator(
             mixed_precision=precision,
             gradient_accumulation_steps=config.accumulate,
@@ -88,21 +90,27 @@ class Run(RunLog):
         self._parts: dict[str, checkpoint.Stateful] = {}
         self._model: checkpoint.Model | None = None
         self._published: Path | None = None
-        self._order = np.arange(0)
+        self._order: np.ndarray | Buckets = np.arange(0)
         self._saved = -1
         self._earlier, self._began = 0.0, psutil.Process().create_time()
         self._signals = StopSignals(self.say)
         self._watchdog, self._writer = Watchdog(config.timeout), checkpoint.Writer()
         set_seed(config.seed)
-        self._changed = open_folder(self.out, recipe) if self.main else []
+        self._changed = self._open_folder()
         if tracker:
-            accelerator.init_trackers(tracker)
+            trackers.start(accelerator, tracker, recipe, self.out)
         self.say(f"precision {precision}, {accelerator.num_processes} process(es) on {self.device}")
+
+    def _open_folder(self) -> list[str]:
+        return open_folder(self.out, self.recipe) if self.main else []
 
     # --- weights -----------------------------------------------------------------------------------------------
 
     def prepare(self, *objects: Any) -> Any:
-        """Modules and optimizers, wrapped by Accelerate for this process, and shared out if `run.shard` says so."""
+        """Modules and optimizers, wrapped by Accelerate, compiled and shared out as the recipe says."""
+        for module in objects:
+            if isinstance(module, nn.Module) and self.config.compile != "no":
+                module.compile(backend=self.config.compile)  # in place: weights keep their names
         if not self.sharded:
             return self.accelerator.prepare(*objects)
         modules = [o for o in objects if isinstance(o, nn.Module)]
@@ -117,6 +125,8 @@ class Run(RunLog):
 
     def place(self, module: Module) -> Module:
         """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
+        if self.config.gradient_checkpointing:
+            enable_checkpointing(module)
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unwrap(self, module: nn.Module) -> Any:
@@ -199,17 +209,28 @@ class Run(RunLog):
         """Time spent on this run, from the start of the process, and by earlier starts up to their last checkpoint."""
         return self._earlier + time.time() - self._began
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing has been trained yet: the time to try what would else fail for the first time hours later."""
+        return self.step == 0
+
     def due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens now."""
         finished = self.accelerator.sync_gradients
         return finished and (self.step % every == 0 or self.step == self.config.steps)
 
-    def batches(self, dataset: Any, order: np.ndarray, workers: int = 0) -> Iterator[dict[str, Tensor]]:
+    def part_of(self, source: Source) -> Source:
+        """What is cached of a source before training: all; of a dry run a part."""
+        return source
+
+    def batches(
+        self, dataset: Any, order: np.ndarray | Buckets, workers: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
         """This process's batches from where the run stands to its end, with a progress bar.
 
         Args:
             dataset: answers `__getitems__([(position, index), ...])` with a dict of tensors [B,...].
-            order: [M] the indices of one epoch.
+            order: [M] the indices of one epoch, or `Buckets` of batches of `run.batch_size`.
             workers: processes that prepare batches beside this one; 0: this one does.
         """
         total, self._order = self.config.steps * self.config.batch_size, order
@@ -248,7 +269,9 @@ class Run(RunLog):
             self._writer.wait()
 
     def _show_progress(self, bar: tqdm) -> None:
-        if time.time() - bar.last_print_t >= bar.mininterval:  # asking for the loss waits for the device
+        if (
+            self.main and time.time() - bar.last_print_t >= bar.mininterval
+        ):  # asking for the loss waits for the device
             losses = self._notes.get("loss")
             loss = {"loss": f"{float(losses[-1]):.4f}"} if losses else {}
             bar.set_postfix({"step": f"{self.step}/{self.config.steps}"} | loss, refresh=False)
@@ -276,8 +299,8 @@ class Run(RunLog):
     def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
         """Backward, clip, step. A loss or gradient that is not finite skips the step on all processes together.
 
-        A network that learns beside another, such as a discriminator, is named by `beside`, updated first, and
-        noted under its name; the update without a name ends the step and counts it.
+        A network that learns beside another, such as a discriminator, is updated after it, named by `beside`, and
+        noted under its name; the update without a name counts the step.
         """
         # A loss of infinity can have a finite gradient; times NaN it has none, and none after the exchange.
         self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
@@ -286,7 +309,7 @@ class Run(RunLog):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norm = whole(self.accelerator.clip_grad_norm_(parameters, self.config.max_norm))
             for group in optimizer.param_groups:
-                group["lr"] = rates.rate(self.step, self.config.steps)
+                group["lr"] = rates.rate(self.step - bool(beside), self.config.steps)
             finite = bool(torch.isfinite(norm))
             if finite or self.accelerator.scaler:  # the scaler of fp16 skips by itself, and learns from it
                 optimizer.step()
@@ -345,12 +368,12 @@ class Run(RunLog):
             self.say(f"{self.out} is finished; its model is in {self.out}/model")
         return done
 
-    def shares(self, source: Source, size: int, what: str) -> Iterator[Tensor]:
-        """All pictures of a source once, [B,3,size,size] in [-1, 1], shared out among the processes."""
-        mine = range(self.accelerator.process_index, len(source), self.accelerator.num_processes)
-        with tqdm(total=len(mine), unit="img", desc=what, disable=not self.main) as bar:
-            batches = [mine[part.start : part.stop] for part in slices(0, len(mine), 32)]
-            for pixels in read(Squares(source, size), batches, cores(len(source))):
+    def shares(self, source: Source, what: str) -> Iterator[Tensor]:
+        """All pictures of a source once, [B,3,H,W] in [-1, 1], shared out among the processes."""
+        share = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
+        batches = groups(source, 32, share)
+        with tqdm(total=sum(map(len, batches)), unit="img", desc=what, disable=not self.main) as bar:
+            for pixels in read(Stills(source), batches, cores(len(source))):
                 with self.accelerator.autocast():
                     yield pixels.to(self.device).contiguous(memory_format=torch.channels_last)
                 bar.update(len(pixels))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoencoder.layers import GroupNorm
 from autoencoder.store import load_folder, save_folder
-from ldm.blocks import Block, DownBlock, MidBlock, Prompt, UpBlock
+from ldm.blocks import DownBlock, MidBlock, Prompt, UpBlock
 from ldm.conditioning import Cond
 from ldm.unet_config import DOWN_BLOCKS, UP_BLOCKS, UNetConfig
 
@@ -157,15 +157,6 @@ class UNet(nn.Module):
                 raise ValueError(f"cond.{name} has shape {given}, but this U-Net reads {wanted_here} here.")
         if cond.mask is not None and (cond.tokens is None or cond.mask.shape != cond.tokens.shape[:2]):
             raise ValueError(f"cond.mask has shape {list(cond.mask.shape)}, but must have one entry a token.")
-
-    def enable_checkpointing(self) -> None:
-        """Keep only what goes in and out of each layer and compute the rest again in the backward pass.
-
-        Gradients stay the same; memory shrinks and a training step costs one more forward pass.
-        """
-        for module in self.modules():
-            if isinstance(module, Block):
-                module.checkpointing = True
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and the weights, as diffusers has them; raises OSError if that fails."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ldm.config import command
 from pipelines import cli_doctor, publish
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     publish.add_publish(verbs)
     add_plot(verbs)
 
+    add_ema(verbs)
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
     )
@@ -48,6 +50,27 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
 
     return main
+
+
+def add_ema(verbs: Any) -> None:
+    average = verbs.add_parser(
+        "ema", help="the model of a run with its weights averaged over a length chosen now"
+    )
+    average.add_argument("folder", type=Path, metavar="RUN", help="a run that was trained with --ema_every N")
+    average.add_argument(
+        "--sigma-rel", type=float, required=True, help="length as a share of the training, like 0.07"
+    )
+    average.add_argument("--step", type=int, help="where the average ends, by default at the last snapshot")
+    average.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the stock model")
+    average.set_defaults(run=run_ema)
+
+
+def size(text: str) -> tuple[int, int]:
+    """WxH"""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 64x64")
+    return int(width), int(height)
 
 
 @command("ldm")
@@ -68,6 +91,12 @@ def run_recognise(options: argparse.Namespace) -> None:
     recognise(
         options.model, options.data, options.out, options.each, options.steps, options.guidance, options.seed
     )
+
+
+def run_ema(options: argparse.Namespace) -> None:
+    from pipelines.averaged import write_averaged
+
+    write_averaged(options.folder, options.sigma_rel, options.out, options.step)
 
 
 def run_demo(options: argparse.Namespace) -> None:

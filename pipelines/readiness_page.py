@@ -30,7 +30,7 @@ def write_page(out: Path, found: list[Findings], pictures: Pictures) -> None:
     """One verdict and one section for each autoencoder; what can be compared stands in common tables and plots."""
     page = Page("Are the latents ready?")
     page.text(
-        f"{len(pictures.train)} training pictures of {pictures.data.path} at {pictures.data.size} pixels, and "
+        f"{len(pictures.train)} training pictures of {pictures.data.where} at {pictures.data.size} pixels, and "
         f"{len(pictures.held)} held out ({pictures.split})."
     )
     for one in found:

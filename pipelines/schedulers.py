@@ -94,12 +94,7 @@ EULER = UNSPACED | {"interpolation_type": "linear", "timestep_type": "discrete",
 
 # Where two samplers are the same one, the name that `from_scheduler_config` gives back comes first.
 TABLE: dict[tuple[str, str], Stock] = {
-    ("vp", "ddpm"): vp(
-        "DDPMScheduler",
-        DDPM,
-        AS_TOLD | {"linspace": TRAILING | {"timestep_spacing": "linspace"}},
-        zero_terminal_snr=False,
-    ),
+    ("vp", "ddpm"): vp("DDPMScheduler", DDPM, zero_terminal_snr=False),
     ("vp", "ddim"): vp("DPMSolverMultistepScheduler", VP_DPM | FIRST | ODE, SPACED),
     ("vp", "euler"): vp("EulerDiscreteScheduler", EULER, starts_at_sigma=True),
     ("vp", "euler_ancestral"): vp("EulerAncestralDiscreteScheduler", {}, sample=False, starts_at_sigma=True),

@@ -1,78 +1,143 @@
-"""Every request of a publication x every fault, once and for good: python -m tests.faults [--json FILE]
+"""Proofs that nothing that ends a training costs more than the steps since its last checkpoint.
 
-Passes if each publication is complete, or ends in one sentence within 60 s with `main` as it was before.
+Each takes a fresh folder, and says how many trials it made; an AssertionError says which one failed, and how.
 """
 
-import argparse
-import contextlib
-import io
-import itertools
-import json
-import tempfile
+from __future__ import annotations
+
+import os
+import random
+import signal
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import huggingface_hub.constants
-
-from ldm.config import UserError
-from tests.hub import Hub
-from tests.test_upload import CONTENT, NAME, TOKEN, USED, holds, published_nothing, sent
-
-FAULTS: dict[str, dict] = {str(status): {"status": status} for status in (401, 403, 429, 500, 503)}
-FAULTS |= {
-    "cut": {"cut": True},
-    "slow": {"delay": 5.0},
-    "hangs": {"delay": 90.0},
-    "corrupt": {"corrupt": True},
-}
-SECONDS = 60
+from ldm import checkpoint
+from tests.forked import Killer, alike, ended, forked, train, trained
+from tests.support import losses
 
 
-def tried(case: tuple[str, str, int]) -> dict:
-    """One publication with one fault."""
-    endpoint, fault, times = case
-    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
-    began, said = time.monotonic(), ""
-    with tempfile.TemporaryDirectory() as folder, Hub(Path(folder) / "hub", chunk=50_000) as hub:
-        hub.fail(endpoint, times=times, **FAULTS[fault])
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                sent(hub, Path(folder) / "release")
-            except UserError as problem:
-                said = str(problem)
-            except Exception as problem:
-                said = f"TRACEBACK {type(problem).__name__}: {problem}"
-        seconds = time.monotonic() - began
-        complete = NAME in hub.repos and hub.commits(NAME) > 1 and holds(hub, CONTENT)
-        whole = complete or published_nothing(hub)
-    sentence = bool(said) and "\n" not in said and not said.startswith("TRACEBACK") and TOKEN not in said
-    good = whole and seconds < SECONDS and (sentence or (complete and not said))
-    row = {"endpoint": endpoint, "fault": fault, "times": times, "seconds": round(seconds, 1)}
-    return row | {"complete": complete, "said": said, "good": good}
+def reference(folder: Path, *arguments: str) -> tuple[Path, float]:
+    """An undisturbed toy training, and the seconds that it took."""
+    trained(folder / "warm", *arguments)
+    start = time.monotonic()
+    assert trained(folder / "reference", *arguments) == 0, (folder / "reference.log").read_text()
+    return folder / "reference", time.monotonic() - start
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--json", type=Path)
-    options.add_argument("--fault", choices=FAULTS, action="append", help="only this one")
-    options.add_argument("--at-once", type=int, default=24, help="publications, each of which mostly waits")
-    given = options.parse_args()
-    file = given.json
-    cases = list(itertools.product(USED, given.fault or FAULTS, (1, 9999)))
-    with ProcessPoolExecutor(given.at_once) as pool:
-        rows = list(pool.map(tried, cases))
-    for row in rows:
-        if not row["good"]:
-            print(row)
-    done = sum(row["complete"] and not row["said"] for row in rows)
-    print(
-        f"{sum(row['good'] for row in rows)} of {len(rows)} as they should be: {done} published, "
-        f"{sum(bool(row['said']) for row in rows)} ended in a sentence; longest {max(r['seconds'] for r in rows)} s"
-    )
-    if file:
-        file.write_text(json.dumps(rows, indent=1))
+def goes_on(run: Path, expected: Path, *arguments: str) -> None:
+    """The same command again ends well, with the losses and tensors of the run that was not disturbed."""
+    assert trained(run, *arguments) == 0, run.with_suffix(".log").read_text()[-2000:]
+    assert alike(run, expected), f"{run} went on in another way than {expected}"
+    leftovers = [path for path in run.rglob(".*") if path.name.endswith((".writing", ".old"))]
+    assert not leftovers, leftovers
 
 
-if __name__ == "__main__":
-    main()
+def kill_at_random(folder: Path, trials: int, seed: int = 0) -> int:
+    """kill -9 at random moments, from the start of the process to its end."""
+    expected, seconds = reference(folder)
+    moments = random.Random(seed)
+    for trial in range(trials):
+        run = folder / f"killed-{trial}"
+        child = forked(lambda run=run: train(run), run.with_suffix(".log"))
+        time.sleep(moments.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        goes_on(run, expected)
+    return trials
+
+
+def operations(folder: Path, *arguments: str) -> int:
+    """How many operations on files a toy training makes."""
+
+    def work() -> None:
+        killer = Killer(folder / "counted", None)
+        train(folder / "counted", *arguments)
+        (folder / "count").write_text(str(killer.count))
+
+    assert ended(forked(work, folder / "counted.log")) == 0
+    return int((folder / "count").read_text())
+
+
+def kill_at_operations(
+    folder: Path, chosen: Callable[[int], Iterable[int]] = lambda count: range(1, count + 1)
+) -> int:
+    """kill -9 at each write, fsync and rename of a training, or at those chosen of so many."""
+    short = ("--run.steps", "3")
+    expected, _ = reference(folder, *short)
+    numbers = list(chosen(operations(folder, *short)))
+    for number in numbers:
+        run = folder / f"operation-{number}"
+
+        def work(run: Path = run, number: int = number) -> None:
+            Killer(run, number)
+            train(run, *short)
+
+        assert ended(forked(work, run.with_suffix(".log"))) == 9
+        goes_on(run, expected, *short)
+    return len(numbers)
+
+
+def stop_at_random(folder: Path, trials: int, seed: int = 0) -> int:
+    """SIGTERM, SIGINT or SIGUSR1 at random moments of the loop: saved within one step, the right exit code."""
+    steps = 12
+    rarely = ("--run.steps", f"{steps}", "--run.save_every", f"{steps}", "--show.every", f"{steps}")
+    expected, seconds = reference(folder, *rarely)
+    moments = random.Random(seed)
+    for trial in range(trials):
+        run = folder / f"stopped-{trial}"
+        child = forked(lambda run=run: train(run, *rarely), run.with_suffix(".log"))
+        after, metrics = moments.randint(1, steps - 3), run / "metrics.jsonl"
+        while not metrics.exists() or len(losses(run)) < after:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, seconds / steps))
+        done = len(losses(run))
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[trial % 3]
+        os.kill(child, number)
+        code, said = ended(child), run.with_suffix(".log").read_text()
+        if "to go on, run the same command again" in said:
+            assert code == (130 if number == signal.SIGINT else 143), said
+            saved = int(max((run / "checkpoints").glob("step-*")).name.removeprefix("step-"))
+            assert done <= saved <= done + 2 and saved == len(losses(run)), (done, saved)
+        else:  # this process was kept from sending it until the last step was done
+            assert done >= steps - 2 and code in (0, -number, 128 + number), (done, code, said)
+        goes_on(run, expected, *rarely)
+    return trials
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+HARMS: tuple[Callable[[Path], None], ...] = (truncate, flip, zero, Path.unlink)
+
+
+def damage_every_file(
+    folder: Path, chosen: Callable[[int], Iterable[int]] = lambda count: range(count)
+) -> int:
+    """Every file of the newest checkpoint, harmed in four ways, or chosen ones of so many harms; the run goes on."""
+    expected, _ = reference(folder)
+    newest = max((expected / "checkpoints").glob("step-*"))
+    files = [path.relative_to(expected) for path in sorted(newest.rglob("*")) if path.is_file()]
+    harms = [(file, harm) for file in files for harm in HARMS]
+    numbers = list(chosen(len(harms)))
+    for number in numbers:
+        file, harm = harms[number]
+        run = folder / f"damaged-{number}"
+        os.system(f"cp -r {expected} {run} && rm {run}/result.json")
+        harm(run / file)
+        assert trained(run) == 0, run.with_suffix(".log").read_text()
+        assert "damaged checkpoint" in run.with_suffix(".log").read_text(), (file, harm)
+        assert checkpoint.damage(run / newest.relative_to(expected)) is None
+        assert alike(run, expected), (file, harm)
+    return len(numbers)

@@ -31,10 +31,11 @@ def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object
 
 
 def ran(*command: str, processes: int = 1, code: int = 0, cwd: Path = ROOT) -> str:
-    """What the script printed; it must have ended with `code`."""
+    """What the script printed; it must have ended with `code`, and a training have been on so many processes."""
     process = started(*command, processes=processes, cwd=cwd)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err[-3000:]
+    assert " process(es) on " not in err or f"{processes} process(es) on " in err
     return out + err
 
 
@@ -46,7 +47,7 @@ def newest_weights(run: Path) -> dict[str, Tensor]:
     """Every tensor of the newest checkpoint, by part and name."""
     folder = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {
-        f"{f.stem}/{key}": value
-        for f in sorted(folder.glob("*.safetensors"))
+        f"{f.relative_to(folder).with_suffix('')}/{key}": value
+        for f in sorted(folder.rglob("*.safetensors"))
         for key, value in load_file(f).items()
     }

@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import train_ldm
+import train_vae
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from ldm import cache, random
 from ldm.conditioning import ConditioningConfig, make_conditioner
@@ -26,7 +29,7 @@ from ldm.prediction import Weight, make_prediction
 from ldm.sampling import Pixels
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
-from tests.support import ROOT
+from tests.support import ROOT, TOY
 
 SEED, SIZE, COUNT = 3, 16, 41
 
@@ -184,7 +187,7 @@ def test_whatever_latents_depend_on_makes_another_cache(data: DataConfig, parts,
     build(tmp_path, data, parts)
     with torch.no_grad():
         autoencoder.quant_conv.bias[0] -= 1e-3
-    fewer = source.chosen(range(COUNT - 1), np.zeros((COUNT - 1, 16), np.uint8))
+    fewer = source.chosen(range(COUNT - 1))
     build(tmp_path, data, (fewer, autoencoder, conditioner))
     assert len({folder.name for folder in tmp_path.iterdir()} - names) == 2
 
@@ -209,7 +212,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(data: DataConfig, part
 
 
 MEMORY = """
-import sys, torch, psutil
+import sys, numpy as np, torch, psutil
 from pathlib import Path
 from types import SimpleNamespace
 from safetensors.torch import save_file
@@ -219,9 +222,11 @@ run = SimpleNamespace(main=True, accelerator=accelerator)
 folder = Path(sys.argv[1])
 cache.SHARD = 32
 whole = torch.zeros(32, 2, 4, 128, 244)
-cache._shards(folder, 64, run, "x", lambda spans: ({"mean": whole + 1, "std": whole} for _ in spans))
+members = [range(32), range(32, 64)]
+cache._shards(folder, members, run, "x", lambda some: ({"mean": whole + 1, "std": whole} for _ in some))
 before = psutil.Process().memory_info().rss
-latents = cache.LatentCache(cache._shards(folder, 64, run, "x", lambda spans: iter(())), [], 0)
+places = np.array([[i // 32, i % 32] for i in range(64)])
+latents = cache.LatentCache(cache._shards(folder, members, run, "x", lambda some: iter(())), [], 0, places, 128)
 row = latents.__getitems__([(0, 3), (1, 60)])
 print(sum(f.stat().st_size for f in folder.glob("*.safetensors")), psutil.Process().memory_info().rss - before)
 """
@@ -239,3 +244,41 @@ def test_the_cache_is_not_read_into_memory(tmp_path: Path) -> None:
     assert not done.returncode, done.stderr
     size, grown = map(int, done.stdout.split())
     assert size > 125e6 and grown < 20e6
+
+
+def test_another_autoencoder_is_refused_before_anything_is_made(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("vae", "ldm"):
+        shutil.copytree(chain / stage, tmp_path / stage)
+    (tmp_path / "ldm" / "result.json").unlink()
+    before = bytes_of(tmp_path / "ldm" / "cache")
+    weights = tmp_path / "vae" / "model" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(SystemExit) as ended:
+        train_ldm.main(
+            f"--config {TOY}/ldm.yaml --autoencoder {tmp_path}/vae --run.out {tmp_path}/ldm".split()
+        )
+    assert ended.value.code == 1 and "begun with another autoencoder" in capsys.readouterr().err
+    assert bytes_of(tmp_path / "ldm" / "cache") == before
+
+
+def test_a_run_leaves_bad_pictures_out_and_keeps_to_its_set(
+    data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data.path, tmp_path / "data")
+    (tmp_path / "data" / "07.png").write_bytes(b"<html>")
+    arguments = (
+        f"--config {TOY}/vae.yaml --data.scenes.count 8192 --data.path {tmp_path}/data --data.bad_share 0.1 "
+        f"--workers 1 --run.out {tmp_path}/run"
+    ).split()
+    train_vae.main(arguments)
+    said = capsys.readouterr().err
+    assert "1 of 41 pictures are bad, left out and named in" in said
+    assert "07.png" in (tmp_path / "run" / "bad_pictures.jsonl").read_text()
+    (tmp_path / "run" / "result.json").unlink()
+    shutil.copy(tmp_path / "data" / "08.png", tmp_path / "data" / "07.png")  # mended under way
+    with pytest.raises(SystemExit) as ended:
+        train_vae.main(arguments)
+    assert ended.value.code == 1 and "begun with another set of pictures" in capsys.readouterr().err

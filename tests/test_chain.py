@@ -325,6 +325,9 @@ def test_bad_requests_are_one_sentence(
         ),
         (train_vae, ["--data.size", "17"], 2, "data.size is 17"),
         (train_vae, ["--show.every", "0"], 2, "show.every is 0"),
+        (train_ldm, ["--show.steps", "0"], 2, "show.steps is 0"),
+        (train_ldm, ["--show.guidance", ".inf"], 2, "show.guidance is inf"),
+        (train_ldm, ["--autoencoder", "{vae}", "--spacing", "karras"], 1, "spacing karras with dpmpp_2m"),
         (train_ldm, ["--autoencoder", "{vae}", "--sampler", "magic"], 1, "magic"),
         (train_ldm, ["--conditioning.text.encoder", "x"], 2, "text.width is of the small encoder"),
         (train_vae, ["--network.norm_num_groups", "3"], 2, "norm_num_groups"),
@@ -383,3 +386,22 @@ def test_accumulated_batches_learn_what_one_batch_learns(chain: Path, tmp_path: 
         ["--config", str(TOY / "vae.yaml"), "--run.out", str(tmp_path / "vae"), "--run.accumulate", "2"]
     )
     assert_learned_alike(chain / "vae", tmp_path / "vae")
+
+
+def test_stratified_levels_cover_each_global_batch_evenly(chain: Path, tmp_path: Path) -> None:
+    seen: list[torch.Tensor] = []
+    original = train_ldm.levels
+
+    def levels(run, batch, stratified):
+        seen.append(original(run, batch, stratified))
+        return seen[-1]
+
+    train_ldm.levels = levels
+    arguments = f"--config {TOY}/ldm.yaml --autoencoder {chain}/vae --run.out {tmp_path}/ldm --run.steps 3"
+    try:
+        train_ldm.main([*arguments.split(), "--stratified", "true", "--run.accumulate", "2"])
+    finally:
+        train_ldm.levels = original
+    assert [len(u) for u in seen] == [2] * 6
+    for batch in torch.cat(seen).view(3, 4):
+        assert sorted((batch * 4).long().tolist()) == [0, 1, 2, 3]

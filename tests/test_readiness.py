@@ -12,7 +12,8 @@ import torch
 import train_vae
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.latents import LatentStatistics
-from ldm.data import DataConfig, open_source, to_tensor
+from ldm.data import DataConfig, open_source
+from ldm.pictures import to_tensor
 from pipelines import latent_measures as measures
 from pipelines.cli import main as ldm
 from pipelines.latent_measures import Coder, Latents

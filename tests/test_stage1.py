@@ -16,7 +16,8 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.presets import ShapeConfig
 from autoencoder.vq import CodebookConfig, CodeUse, VQConfig, VQModel, codebook_usage
 from ldm.config import load, to_yaml
-from ldm.data import DataConfig, ScenesConfig, open_source, to_tensor
+from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.pictures import to_tensor
 from tests.support import TOY, newest_weights, ran
 
 GAN = (
@@ -83,6 +84,14 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     )
     for mine, theirs in zip(metrics(whole), metrics(tmp_path / "run"), strict=True):
         assert {**mine, "time": 0} == {**theirs, "time": 0}
+
+
+def test_accumulated_batches_learn_what_one_batch_learns(folder: Path) -> None:
+    flags = f"{GAN.replace('--loss.gan.lecam 0.1', '--loss.gan.adaptive false')} --run.save_every 6"
+    one, two = train(folder / "one", flags), train(folder / "two", f"{flags} --run.accumulate 2")
+    for mine, theirs in zip(metrics(one), metrics(two), strict=True):
+        for key in mine.keys() - {"time"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=5e-3, abs=1e-4), (mine["step"], key)
 
 
 def test_what_a_person_sees_while_it_trains(gan: Path, vq: Path) -> None:

@@ -25,7 +25,7 @@ from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from tests.encoders import CAPTIONS, PROJECTED, WIDTH, publish
-from tests.support import TOY, newest_weights
+from tests.support import ROOT, TOY, newest_weights
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
 
@@ -153,6 +153,30 @@ def test_stock_pipelines_draw_the_same(name: str, published: dict[str, Path], tm
             assert one.size == other.size == size
             assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
         assert np.asarray(ours[0]).std() > 5
+
+
+@pytest.mark.parametrize("spacing", [None, "karras", "exponential"])
+def test_the_spacing_of_steps_is_saved_and_stock_pipelines_follow_it(
+    spacing: Any, published: dict[str, Path], tmp_path: Path
+) -> None:
+    model = replace(model_of(conditioner(config(published, "clip"))), spacing=spacing)
+    model.save_pretrained(tmp_path)
+    again = LatentDiffusion.from_pretrained(tmp_path)
+    assert again.spacing == (spacing or "trailing")
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    theirs = stock(CAPTIONS[0], num_inference_steps=5, guidance_scale=3.0, generator=generator).images[0]
+    ours = [
+        np.asarray(one(CAPTIONS[0], steps=5, guidance=3.0, seed=3)[0]).astype(int) for one in (model, again)
+    ]
+    assert np.array_equal(*ours) and np.abs(ours[0] - np.asarray(theirs)).max() <= 1
+    other = again(CAPTIONS[0], steps=5, guidance=3.0, seed=3, spacing="linspace")[0]
+    assert not np.array_equal(ours[0], np.asarray(other))
+    by_name = again(CAPTIONS[0], steps=5, guidance=3.0, seed=3, spacing=spacing or "trailing")[0]
+    assert np.array_equal(ours[0], np.asarray(by_name))
+    with pytest.raises(ValueError, match="spacing is 'karas', but path vp has"):
+        again(CAPTIONS[0], steps=5, spacing="karas")
 
 
 def test_zeros_as_null_are_kept_as_sdxl_has_them(published: dict[str, Path], tmp_path: Path) -> None:
@@ -372,6 +396,13 @@ def test_sizes_are_told_as_stock_pipelines_tell_them(published: dict[str, Path])
     assert torch.equal(cond.time_ids, told.repeat(2, 1))
     plain = conditioner(config(published, "clip")).null(2)
     assert plain.sized(24, 16) is plain
+
+
+def test_the_shipped_shapes_are_a_pair() -> None:
+    shapes = [str(ROOT / "configs" / "encoders" / f"{name}.json") for name in ("clip", "clip-projection")]
+    text = conditioner(TextConfig(encoder=shapes[0], encoder_2=shapes[1], weights="random"))
+    cond = text.null(1)
+    assert cond.tokens.shape == (1, 16, 128 + 192) and cond.pooled.shape == (1, 192)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""How much memory training takes: measured while it happens, and foreseen from a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+CLEAR = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+
+
+class Memory:
+    """What this process holds: on a GPU its tensors, elsewhere everything that lies in RAM, interpreter included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.gpu = device, device.type == "cuda"
+
+    def held(self) -> int:
+        """Bytes, now."""
+        return torch.cuda.memory_allocated(self.device) if self.gpu else psutil.Process().memory_info().rss
+
+    def room(self) -> int:
+        """Bytes that could be held before the machine has none left, those that are held counted."""
+        if self.gpu:
+            free, _ = torch.cuda.mem_get_info(self.device)
+            return free + torch.cuda.memory_reserved(self.device)
+        return psutil.virtual_memory().available + self.held()
+
+    def forget(self) -> None:
+        """Let `peak` count from here."""
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif CLEAR.exists():
+            CLEAR.write_text("5")  # see proc(5): resets the high-water mark of this process
+
+    def peak(self) -> int | None:
+        """The most bytes held since `forget`; None where the system doesn't tell (neither CUDA nor Linux)."""
+        if self.gpu:
+            return torch.cuda.max_memory_allocated(self.device)
+        if not CLEAR.exists():
+            return None
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+
+
+class Saved:
+    """Bytes that autograd keeps from a forward pass for the backward pass, weights not counted.
+
+    Storage is counted, not tensors: a view keeps all of what it is a view of.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self._storages: dict[int, int] = {}
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of each storage, the largest first."""
+        return sorted(self._storages.values(), reverse=True)
+
+    def clear(self) -> None:
+        self._storages = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with torch.autograd.graph.saved_tensors_hooks(self._note, lambda kept: kept):
+            yield
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._weights:
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+WORKING = 10
+"""Copies of the largest activation that a backward pass needs beside what is saved: gradients in and out of a layer,
+other layouts, other precisions. Foreseen so, the peak was within 10 % of the measured one on a CPU (fruits, stage 1
+at 192 pictures in float32 and bf16, stage 2 at 256 in bf16)."""
+
+
+def foreseen(few: tuple[int, int], sizes: tuple[list[int], list[int]], batch: int) -> int:
+    """Bytes of activations in the backward pass of `batch` samples, from what two smaller batches save."""
+    one, two = few
+    each = [(b - a) / (two - one) if two > one else 0.0 for a, b in zip(*sizes, strict=True)]
+    grown = [b + slope * (batch - two) for b, slope in zip(sizes[1], each, strict=True)]
+    return round(sum(grown) + WORKING * max(grown, default=0))
+
+
+def size(state: Any) -> int:
+    """Bytes of all tensors in a nest of dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(size, state.values()))
+    return sum(map(size, state)) if isinstance(state, list | tuple) else 0

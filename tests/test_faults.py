@@ -1,0 +1,354 @@
+"""A run that is killed, stopped, damaged or starved goes on as if nothing had been. tests/long_faults.py has more."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoder.kl import AutoencoderKL
+from ldm import checkpoint
+from ldm.faults import Watchdog, explain
+from ldm.training import Run
+from pipelines import LatentDiffusion
+from tests import faults
+from tests.forked import alike, ended, forked, ranked, train, trained
+from tests.support import losses
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    assert faults.kill_at_random(tmp_path, 20) == 20
+
+
+def test_a_save_killed_at_any_write_fsync_or_rename_costs_nothing(tmp_path: Path) -> None:
+    """Over one whole save, every fifth operation; all of them in tests/long_faults.py."""
+    assert faults.kill_at_operations(tmp_path, lambda count: range(count // 3, 2 * count // 3, 5)) > 8
+
+
+def test_stop_signals_save_within_a_step(tmp_path: Path) -> None:
+    assert faults.stop_at_random(tmp_path, 20) == 20
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    assert faults.damage_every_file(tmp_path, lambda count: range(1, count, 5)) > 6
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    def work() -> None:
+        original = Run.update
+
+        def update(run: Run, *rest: object) -> None:
+            original(run, *rest)
+            if run.step == 2:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(60)
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "run", "--run.save_every", "6")
+
+    assert ended(forked(work, tmp_path / "log"), within=30) == 130
+    assert "once more to leave at once" in (tmp_path / "log").read_text()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def spoil(steps: range, rank: int = 0) -> None:
+    """Have one process meet losses of infinity, which have a finite gradient, in some steps."""
+    original = Run.update
+
+    def update(run: Run, loss: torch.Tensor, *rest: object) -> None:
+        spoiled = run.step in steps and run.accelerator.process_index == rank
+        original(run, loss + (torch.inf if spoiled else 0.0), *rest)
+
+    Run.update = update  # type: ignore[method-assign]
+
+
+def test_a_step_without_a_finite_loss_on_one_process_is_skipped_by_all(tmp_path: Path) -> None:
+    def work(rank: int) -> None:
+        spoil(range(2, 4), rank=1)
+        train(tmp_path / "run")
+
+    children = ranked(work, tmp_path / "log.x")
+    assert [ended(child) for child in children] == [0, 0], (tmp_path / "log.0.log").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3] and all(len(line["indices"]) == 4 for line in lines)
+    record = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(record) == 6 and all(line["loss"] < 10 for line in record)  # of the process that had one
+    before, after = (
+        checkpoint.load_file(tmp_path / f"run/checkpoints/step-0000000{step}/autoencoder.safetensors")
+        for step in (5, 6)
+    )
+    assert all(torch.isfinite(value).all() for value in after.values())
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_many_such_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    def work() -> None:
+        spoil(range(2, 100))
+        train(tmp_path / "run", "--run.steps", "40")
+
+    assert ended(forked(work, tmp_path / "log")) == 1
+    said = (tmp_path / "log").read_text()
+    assert "20 steps in a row had no finite gradient" in said and "Traceback" not in said
+    newest = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    weights = checkpoint.load_file(newest / "autoencoder.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_dead_reader_is_one_sentence(tmp_path: Path) -> None:
+    def work() -> None:
+        import psutil
+
+        original = Run.update
+
+        def update(run: Run, *rest: object) -> None:
+            original(run, *rest)
+            if run.step == 3:
+                run._writer.wait()
+                psutil.Process().children()[0].kill()
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "run", "--workers", "1", "--run.steps", "600", "--show.every", "600")
+
+    assert ended(forked(work, tmp_path / "log")) == 1
+    said = (tmp_path / "log").read_text()
+    assert "a process that prepares batches is gone" in said and "Traceback" not in said
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
+
+
+@pytest.mark.parametrize("fault", ["killed", "raises", "hangs"])
+def test_when_one_process_fails_the_others_end(tmp_path: Path, fault: str) -> None:
+    timeout = 6
+
+    def work(rank: int) -> None:
+        original = Run.update
+
+        def update(run: Run, *rest: object) -> None:
+            if run.step == 2 and rank == 1:
+                (tmp_path / "failed").touch()
+                if fault == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if fault == "raises":
+                    raise RuntimeError("a fault of the test's")
+                time.sleep(600)
+            original(run, *rest)
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "run", "--run.timeout", str(timeout))
+
+    children = ranked(work, tmp_path / "log.x")
+    while not (tmp_path / "failed").exists():
+        time.sleep(0.01)
+    codes = [ended(child, within=timeout + 5) for child in children]
+    assert codes[0] == 1 and codes[1] == {"killed": -9, "raises": 70, "hangs": 1}[fault]
+    said = (tmp_path / "log.0.log").read_text()
+    assert "another process of this run died or hangs" in said or "no step was finished" in said, said
+    if fault == "hangs":
+        assert "hangs in" in (tmp_path / "log.1.log").read_text()
+    assert trained(tmp_path / "run") == 0
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_one_then_two_then_one_process_see_the_same_samples_with_the_same_noise(tmp_path: Path) -> None:
+    """Written down by the processes themselves: (position, index, noise) of all they trained on."""
+
+    def seen(run: Path, rank: int) -> None:
+        original = Run.normal
+
+        def normal(self: Run, purpose: str, batch: dict, shape: tuple) -> torch.Tensor:
+            noise = original(self, purpose, batch, shape)
+            rows = zip(
+                batch["position"].tolist(),
+                batch["index"].tolist(),
+                noise.flatten(1)[:, 0].tolist(),
+                strict=True,
+            )
+            with (run.parent / f"{run.name}.seen").open("a") as file:
+                file.writelines(f"{row}\n" for row in rows)
+            return noise
+
+        def update(self: Run, *rest: object) -> None:
+            before(self, *rest)
+            if self.step in (3, 7) and os.environ.get("STOP") == str(self.step) and rank == 0:
+                signal.raise_signal(signal.SIGTERM)
+
+        before, Run.normal, Run.update = Run.update, normal, update  # type: ignore[method-assign]
+        train(
+            run, "--run.steps", "13", "--show.every", "13", "--run.log_every", "13", "--run.save_every", "13"
+        )
+
+    def one(run: Path) -> int:
+        return ended(forked(lambda: seen(run, 0), run.with_suffix(".log")))
+
+    assert one(tmp_path / "straight") == 0
+    moved = tmp_path / "moved"
+    os.environ["STOP"] = "3"
+    assert one(moved) == 143
+    os.environ["STOP"] = "7"
+    assert [ended(c) for c in ranked(lambda rank: seen(moved, rank), tmp_path / "two.x")] == [143, 143]
+    del os.environ["STOP"]
+    assert one(moved) == 0
+    rows = [sorted((tmp_path / f"{name}.seen").read_text().splitlines()) for name in ("straight", "moved")]
+    assert rows[0] == rows[1] and len(set(rows[0])) == 13 * 4
+    epoch = [eval(row)[1] for row in sorted(rows[0], key=lambda row: eval(row)[0])][:24]
+    assert sorted(epoch) == list(range(24))
+    assert losses(moved) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+    starts = [json.loads(line) for line in (moved / "history.jsonl").read_text().splitlines()]
+    assert [(s["step"], s["processes"]) for s in starts] == [(0, 1), (3, 2), (7, 1)]
+
+
+def test_a_log_interval_across_a_stop_has_the_same_means(tmp_path: Path) -> None:
+    def work() -> None:
+        original = Run.update
+
+        def update(run: Run, *rest: object) -> None:
+            original(run, *rest)
+            if run.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "stopped", "--run.log_every", "6")
+
+    assert trained(tmp_path / "straight", "--run.log_every", "6") == 0
+    assert ended(forked(work, tmp_path / "log")) == 143
+    assert trained(tmp_path / "stopped", "--run.log_every", "6") == 0
+    assert alike(tmp_path / "straight", tmp_path / "stopped")
+    means = [json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("straight", "stopped")]
+    assert {k: v for k, v in means[0].items() if k != "time"} == {
+        k: v for k, v in means[1].items() if k != "time"
+    }
+
+
+def test_any_number_of_readers_gives_the_same_run(tmp_path: Path) -> None:
+    for workers in (0, 3):
+        assert trained(tmp_path / str(workers), "--workers", str(workers)) == 0
+    assert alike(tmp_path / "0", tmp_path / "3")
+
+
+def test_settings_that_do_not_matter_may_change_and_are_written_down(tmp_path: Path) -> None:
+    def work() -> None:
+        original = Run.log
+
+        def log(run: Run) -> None:
+            original(run)
+            if run.step == 2:
+                raise SystemExit(5)
+
+        Run.log = log  # type: ignore[method-assign]
+        train(tmp_path / "run", "--run.save_every", "1")
+
+    assert ended(forked(work)) == 5
+    assert trained(tmp_path / "run", "--run.keep", "3", "--run.accumulate", "2") == 0
+    last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
+    assert last["changed"] == ["run.accumulate was 1 and is 2", "run.keep was 2 and is 3"]
+    assert last["step"] == 1
+
+
+def test_a_full_disk_met_in_the_background_ends_the_run(tmp_path: Path) -> None:
+    def work() -> None:
+        def full(*arguments: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        original = Run.save
+
+        def save(run: Run) -> None:
+            if run.step == 3:
+                run._writer.wait()
+                checkpoint.save_file = full  # type: ignore[assignment]
+            original(run)
+
+        Run.save = save  # type: ignore[method-assign]
+        train(tmp_path / "run")
+
+    assert ended(forked(work, tmp_path / "log")) == 1
+    said = (tmp_path / "log").read_text()
+    assert "step-00000003 can't be written" in said and "MB are free" in said and "Traceback" not in said
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000001",
+        "step-00000002",
+    ]
+
+
+def test_a_checkpoint_is_a_model(chain: Path, tmp_path: Path) -> None:
+    newest = max((chain / "ldm" / "checkpoints").iterdir())
+    one, other = (LatentDiffusion.from_pretrained(folder) for folder in (newest, chain / "ldm"))
+    for mine, theirs in zip(one.unet.parameters(), other.unet.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (newest / "model" / weights).samefile(chain / "ldm" / "model" / weights)
+    assert (newest / "ema.safetensors").stat().st_size < 1000  # the average is stored once, in the model
+    stage1 = AutoencoderKL.from_pretrained(max((chain / "vae" / "checkpoints").iterdir()) / "model")
+    assert stage1.config.latent_channels == 4
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (MemoryError(), "raise run.accumulate"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            "Tried to allocate 2.00 GiB",
+        ),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
+            ),
+            "lower",
+        ),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(problem: Exception, words: str) -> None:
+    assert words in (explain(problem) or "")
+
+
+def test_faults_of_our_own_are_not_explained_away() -> None:
+    assert explain(RuntimeError("shape mismatch")) is None
+
+
+def test_memory_that_runs_out_is_one_sentence(tmp_path: Path) -> None:
+    def work() -> None:
+        import resource
+
+        original = Run.update
+
+        def update(run: Run, *rest: object) -> None:
+            if run.step == 2:
+                run._writer.wait()
+                resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+                torch.empty(2**33)
+            original(run, *rest)
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "run")
+
+    assert ended(forked(work, tmp_path / "log")) == 1
+    said = (tmp_path / "log").read_text()
+    assert "out of memory" in said and "run.accumulate" in said and "Traceback" not in said
+    assert trained(tmp_path / "run") == 0
+
+
+def test_the_watchdog_leaves_alone_what_moves_on(tmp_path: Path) -> None:
+    def work() -> None:
+        with Watchdog(0.5) as dog:
+            for _ in range(10):
+                time.sleep(0.1)
+                dog.beat()
+        time.sleep(1)
+
+    assert ended(forked(work)) == 0
+
+
+def test_a_failing_save_is_raised_by_the_thread_that_trains() -> None:
+    writer = checkpoint.Writer()
+
+    def job() -> None:
+        raise OSError("no")
+
+    writer.start(job)
+    with pytest.raises(OSError, match="no"):
+        writer.wait()
+    writer.wait()
