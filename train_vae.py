@@ -97,6 +97,11 @@ class Recipe:
             )
         if self.start is None:  # else `main` looks what shape it has
             object.__setattr__(self, "network", self.network.filled(self.kind, self.data.size))
+        if self.network.factor and self.data.bucket_step % self.network.factor:
+            raise ValueError(
+                f"data.bucket_step is {self.data.bucket_step}, which the autoencoder's factor {self.network.factor} "
+                "does not divide"
+            )
         gan, lpips = self.loss.gan, self.loss.lpips
         if not gan.weight and self.gan_optimizer != GAN_OPTIMIZER:
             raise ValueError(
@@ -138,12 +143,12 @@ def train(recipe: Recipe, run: Run) -> None:
     originals, split = pixels_to_show(recipe, run, source)
     originals = originals.to(run.device)
 
+    run.seed("autoencoder")
     network = run.place(new_autoencoder(run, recipe))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    lpips = Perceptual(recipe.loss.lpips, run.device) if recipe.loss.lpips.weight else None
-    adversary = new_adversary(run, recipe) if recipe.loss.gan.weight else None
-    objective = Objective(recipe.loss, lpips, adversary, network.decoder.conv_out.weight)
+    objective = new_objective(run, recipe, network)
+    lpips, adversary = objective.lpips, objective.adversary
     codes = new_code_use(run, recipe) if recipe.kind == "vq" else None
     parts = (adversary.parts() if adversary else {}) | ({"codes": codes} if codes else {})
     averaged = ema["autoencoder"]
@@ -155,11 +160,6 @@ def train(recipe: Recipe, run: Run) -> None:
         run.save()
 
     trained = [autoencoder, adversary.wrapped] if adversary else [autoencoder]
-    if recipe.data.bucket_step % network.config.factor:
-        raise UserError(
-            f"data.bucket_step is {recipe.data.bucket_step}, which the autoencoder's factor {network.config.factor} "
-            "does not divide."
-        )
     pictures = Pixels(source, recipe.data, recipe.run.seed)
     for batch in run.batches(pictures, epochs(source, recipe.data, recipe.run.batch_size), recipe.workers):
         with run.accelerator.accumulate(*trained):
@@ -189,10 +189,14 @@ def train(recipe: Recipe, run: Run) -> None:
         if run.due(recipe.run.save_every):
             run.save()
     made = finish(run, averaged, source, recipe, originals)
-    quality = {name: round(value, 4) for name, value in likeness(made, originals, lpips).items()}
+    conclude(run, likeness(made, originals, lpips), f"{len(originals)} pictures of split {split}", split)
+
+
+def conclude(run: Run, quality: dict[str, float], shown: str, split: str) -> None:
+    """Say and keep what came of it."""
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"{told} on {len(originals)} pictures of split {split}; the model is in {run.out}/model")
-    run.end(**quality, psnr_split=split)
+    run.say(f"{told} on {shown}; the model is in {run.out}/model")
+    run.end(**{name: round(value, 4) for name, value in quality.items()}, psnr_split=split)
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -225,6 +229,13 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
     weights = sum(p.numel() for p in network.parameters())
     run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")
     return network
+
+
+def new_objective(run: Run, recipe: Recipe, network: Any) -> Objective:
+    """What is minimised, with the networks that judge."""
+    lpips = Perceptual(recipe.loss.lpips, run.device) if recipe.loss.lpips.weight else None
+    adversary = new_adversary(run, recipe) if recipe.loss.gan.weight else None
+    return Objective(recipe.loss, lpips, adversary, network.decoder.conv_out.weight)
 
 
 def new_adversary(run: Run, recipe: Recipe) -> Adversary:

@@ -50,15 +50,9 @@ Compute = Callable[[Members], Iterator[dict[str, Tensor]]]
 class LatentCache:
     """Latents and conditions of a source, for a DataLoader that asks for lists of (position, index)."""
 
-    def __init__(
-        self,
-        latents: list[dict[str, Tensor]],
-        conditions: list[dict[str, Tensor]],
-        seed: int,
-        places: np.ndarray,
-        side: int,
-    ) -> None:
-        self.latents, self.conditions, self.seed = latents, conditions, seed
+    def __init__(self, latents: list[dict[str, Tensor]], seed: int, places: np.ndarray, side: int) -> None:
+        self.latents, self.seed = latents, seed
+        self.conditions: list[dict[str, Tensor]] = []
         self.places = places  # [N,2] shard and row of each picture
         self.which: Tensor | None = None  # [N] row of each picture's caption among the distinct ones
         self.labels: Tensor | None = None
@@ -107,6 +101,18 @@ def build(
             f"data.bucket_step is {data.bucket_step}, which the autoencoder's factor {autoencoder.config.factor} "
             "does not divide."
         )
+    cache = _latents(folder, source, data, autoencoder, run)
+    text = text_of(conditioner)
+    if text is not None and source.texts is not None:
+        _add_captions(cache, folder, source.texts, text, run)
+    if text is None or labels_of(conditioner):
+        cache.labels = source.labels
+    return cache
+
+
+def _latents(
+    folder: Path, source: Source, data: DataConfig, autoencoder: AutoencoderKL, run: Any
+) -> LatentCache:
     parts = [
         VERSION,
         weight_hash(autoencoder.state_dict()),
@@ -128,26 +134,22 @@ def build(
         "latents",
         _encode(source, data, autoencoder, run),
     )
-    text = text_of(conditioner)
-    if text is None or source.texts is None:
-        cache = LatentCache(latents, [], run.config.seed, places, side)
-        cache.labels = source.labels
-        return cache
-    captions = sorted(set(source.texts))
+    return LatentCache(latents, run.config.seed, places, side)
+
+
+def _add_captions(cache: LatentCache, folder: Path, texts: Sequence[str], text: Text, run: Any) -> None:
+    captions = sorted(set(texts))
     weights = weight_hash(text.state_dict()) if text.frozen else "joint"
     key = _key(VERSION, weights, text.vocabulary_hash(), *captions)
-    conditions = _shards(
+    cache.conditions = _shards(
         folder / f"text-{key}",
         [*slices(0, len(captions), SHARD)],
         run,
         "captions",
         partial(map, _read(captions, text, run)),
     )
-    cache = LatentCache(latents, conditions, run.config.seed, places, side)
-    cache.labels = source.labels if labels_of(conditioner) else None
     row = {caption: i for i, caption in enumerate(captions)}
-    cache.which = torch.tensor([row[text] for text in source.texts])
-    return cache
+    cache.which = torch.tensor([row[caption] for caption in texts])
 
 
 def _key(*parts: object) -> str:

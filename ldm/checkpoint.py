@@ -266,7 +266,9 @@ def split(state: Any, copied: Callable[[Tensor], Tensor] = Tensor.detach) -> tup
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else path
+            # All that are shared out have the address 0.
+            own = value.numel() and not is_sharded(value)
+            same = (value.data_ptr(), value.shape, value.stride(), value.dtype) if own else path
             if same not in first:
                 first[same], tensors[path] = path, copied(value)
             return {"tensor": first[same]}

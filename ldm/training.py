@@ -351,6 +351,10 @@ class Run(RunLog):
 
     # --- randomness --------------------------------------------------------------------------------------------
 
+    def seed(self, purpose: str) -> None:
+        """Make what PyTorch draws next, such as initial weights, the same on all processes, whatever it drew before."""
+        torch.manual_seed(int(random.stream(self.config.seed, purpose, 0).integers(2**63)))
+
     def normal(self, purpose: str, batch: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
         """Noise [B, *shape] for the samples of a batch: a function of seed, purpose and position."""
         return random.normal(self.config.seed, purpose, batch["position"], shape).to(self.device)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -248,10 +248,16 @@ def equivariance(coder: Coder, z: Tensor, originals: Tensor) -> dict[str, float]
     return {name: _db(coder.decode(move(z)), move(originals, f)) for name, move in moves.items()}
 
 
-def seams(coder: Coder, originals: Tensor) -> dict[str, float]:
-    """`tiling.seam_error` with tiles of half the side; nothing where that can't be a tile."""
+def seams(coder: Coder, originals: Tensor) -> dict[str, Any]:
+    """`tiling.seam_error` by passes, with tiles of half the side; nothing where that can't be a tile."""
     f = coder.autoencoder.config.factor
     tile = originals.shape[-1] // 2 // f * f
     if tile < 4 * f:
         return {}
-    return {"tile": tile, **tiling.seam_error(coder.autoencoder, originals[:BATCH], tile=tile)._asdict()}
+    by_passes = {
+        str(passes): tiling.seam_error(
+            coder.autoencoder, originals[:BATCH], tile=tile, passes=passes
+        )._asdict()
+        for passes in (0, 1)
+    }
+    return {"tile": tile, "passes": by_passes}

@@ -226,7 +226,7 @@ members = [range(32), range(32, 64)]
 cache._shards(folder, members, run, "x", lambda some: ({"mean": whole + 1, "std": whole} for _ in some))
 before = psutil.Process().memory_info().rss
 places = np.array([[i // 32, i % 32] for i in range(64)])
-latents = cache.LatentCache(cache._shards(folder, members, run, "x", lambda some: iter(())), [], 0, places, 128)
+latents = cache.LatentCache(cache._shards(folder, members, run, "x", lambda some: iter(())), 0, places, 128)
 row = latents.__getitems__([(0, 3), (1, 60)])
 print(sum(f.stat().st_size for f in folder.glob("*.safetensors")), psutil.Process().memory_info().rss - before)
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -221,6 +222,15 @@ def test_a_log_interval_across_a_stop_has_the_same_means(tmp_path: Path) -> None
     assert {k: v for k, v in means[0].items() if k != "time"} == {
         k: v for k, v in means[1].items() if k != "time"
     }
+
+
+def test_initial_weights_do_not_depend_on_what_was_drawn_before(chain: Path, tmp_path: Path) -> None:
+    """Such as by making the cache, which a run that was killed early finds there."""
+    arguments = ("--autoencoder", str(chain / "vae"), "--run.steps", "1")
+    assert trained(tmp_path / "cold", *arguments, stage="ldm") == 0
+    shutil.copytree(tmp_path / "cold" / "cache", tmp_path / "warm" / "cache")
+    assert trained(tmp_path / "warm", *arguments, stage="ldm") == 0
+    assert alike(tmp_path / "cold", tmp_path / "warm")
 
 
 def test_any_number_of_readers_gives_the_same_run(tmp_path: Path) -> None:
