@@ -44,16 +44,37 @@ class TileNorms:
             self._known[norm] = (mean, (squares / number - mean.square()).clamp(min=0))
         self._sums = {}
 
+    @torch.no_grad()
     def _normalise(self, norm: nn.GroupNorm, inputs: tuple[Tensor], out: Tensor) -> Tensor:
         x = inputs[0]  # [B, C, H, W]
-        grouped = x.float().unflatten(1, (norm.num_groups, -1))  # [B, G, C/G, H, W]
-        weight = F.interpolate(self.weight[None, None].to(grouped), size=x.shape[2:], mode="area")
-        weight = weight * (self.weight.numel() / weight.numel())
-        rows = (torch.ones_like(grouped), grouped, grouped.square())
-        sums = torch.stack([(row * weight[0]).sum(dim=(2, 3, 4), dtype=torch.float64) for row in rows])
+        sums = self._moments(x, norm.num_groups)
         self._sums[norm] = self._sums[norm] + sums if norm in self._sums else sums
         if norm not in self._known:
             return out
-        mean, variance = (k.float()[:, :, None, None, None] for k in self._known[norm])
-        even = ((grouped - mean) * (variance + norm.eps).rsqrt()).flatten(1, 2)
-        return (even * norm.weight[:, None, None] + norm.bias[:, None, None]).to(out.dtype)
+        mean, variance = self._known[norm]  # [B, G]
+        per_group = x.shape[1] // norm.num_groups
+        scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group, 1) * norm.weight  # [B, C]
+        shift = norm.bias - mean.repeat_interleave(per_group, 1) * scale
+        return torch.mul(x, scale[:, :, None, None].to(x.dtype), out=out).add_(
+            shift[:, :, None, None].to(x.dtype)
+        )
+
+    def _moments(self, x: Tensor, groups: int) -> Tensor:
+        """[3, B, G] float64: weighted number, sum and sum of squares of x [B, C, H, W], a group at a time."""
+        weight = F.interpolate(self.weight[None, None].to(x.device), size=x.shape[2:], mode="area")[0]
+        weight = weight * (
+            self.weight.numel() / weight.numel()
+        )  # so that a pixel counts as many as it stands for
+        columns = []
+        for group in x.chunk(groups, dim=1):
+            weighted = group.float() * weight
+            columns.append(
+                torch.stack(
+                    [
+                        (weight.sum() * group.shape[1]).expand(len(x)),
+                        weighted.sum(dim=(1, 2, 3)),
+                        weighted.mul_(group).sum(dim=(1, 2, 3)),
+                    ]
+                )
+            )
+        return torch.stack(columns, dim=2).double()

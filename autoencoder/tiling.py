@@ -71,6 +71,7 @@ def _rise(shared: int) -> Tensor:
     return ((place - 0.25) * 2).clamp(0, 1)
 
 
+@torch.no_grad()
 def encode(
     autoencoder: AutoencoderKL,
     pixels: Tensor,
@@ -79,7 +80,7 @@ def encode(
     overlap: int | None = None,
     passes: int = 1,
 ) -> Posterior:
-    """What `autoencoder.encode` gives, with memory for one tile of pixels at a time.
+    """What `autoencoder.encode` gives, with memory for one tile of pixels at a time; no gradients.
 
     Args:
         pixels: [B, 3, H, W] in [-1, 1], on any device: each tile is brought to the autoencoder's.
@@ -107,10 +108,11 @@ def encode(
     return Posterior.from_moments(moments.to(pixels.device))
 
 
+@torch.no_grad()
 def decode(
     autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int | None = None, passes: int = 1
 ) -> Tensor:
-    """What `autoencoder.decode` gives, with memory for one tile of pixels and the result.
+    """What `autoencoder.decode` gives, with memory for one tile of pixels and the result; no gradients.
 
     Args:
         z: [B, C, h, w] raw latents, on any device; the result is on the same one.

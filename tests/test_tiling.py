@@ -14,7 +14,7 @@ from autoencoder.layers import GroupNorm
 from autoencoder.tile_norms import TileNorms
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from tests.tiling_memory import measured
+from tests.tiling_memory import STATUS, measured
 
 
 def make(norm: bool = True, factor: int = 4) -> AutoencoderKL:
@@ -137,6 +137,7 @@ def test_unfit_tiles_are_refused(tile: int, overlap: int, message: str) -> None:
         tiling.decode(make(), torch.zeros(1, 4, 8, 8), tile=tile, overlap=overlap)
 
 
+@pytest.mark.skipif(not STATUS.exists(), reason="reads peak memory from /proc, which Linux has")
 def test_memory_is_that_of_a_tile() -> None:
     """Peak memory over what the process had before, in a process of its own."""
     at_once, in_tiles = measured(768, None), measured(768, 192)
