@@ -4,7 +4,7 @@ Some of the training steps decode latents that have been shrunk and turned, and 
 shrunk and turned alike: D(tau(E(x))) against tau(x). A latent space in which that works changes with the picture as
 pixels do, and is found easier to diffuse. Steps with a transformation decode fewer pixels, so they cost less.
 
-    transform = draw(config, uniforms)                       # the same for all samples of a step; None: an ordinary one
+    transform = draw(config, uniforms)              # the same for all samples of a step; None: an ordinary step
     made, posterior = autoencoder(pixels, noise, transform)
     wanted = pixels if transform is None else transform(pixels, factor)
 """

@@ -2,9 +2,9 @@
 
 What is exact and what is not. A tile is cut off from what lies beside it, so its outer pixels are wrong: the outer
 quarter of every overlap is thrown away, and the tiles are blended linearly over the half in the middle. A decoder
-whose reach is at most a quarter of the overlap would give the untiled result to rounding. These networks reach
-further: GroupNorm, and attention in the middle, look at the whole picture, and at a tile they see another whole.
-`seam_error` says by how much.
+whose reach is at most a quarter of the overlap gives the untiled result to rounding. These networks reach further:
+GroupNorm, and attention in the middle, look at the whole picture. For GroupNorm the whole is gathered in a pass over
+all tiles before (`tile_norms`), so that tiles agree; attention sees its tile alone. `seam_error` says what is left.
 
 Shapes: pixels [B, 3, H, W]; latents [B, C, h, w] with h = H/f, w = W/f. Tiles and overlaps are in pixels.
 """
@@ -12,15 +12,16 @@ Shapes: pixels [B, 3, H, W]; latents [B, C, h, w] with h = H/f, w = W/f. Tiles a
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoencoder.kl import AutoencoderKL, Posterior
 from autoencoder.metrics import psnr
 from autoencoder.model import at_least_float32, check_images, check_latents
+from autoencoder.tile_norms import TileNorms
 
 TILE = 512
 
@@ -31,6 +32,11 @@ class Window(NamedTuple):
     start: int
     weights: Tensor
     """[tile] float32 in 0..1; those of all tiles add up to 1 at every pixel"""
+
+    @property
+    def span(self) -> slice:
+        """The pixels that it covers."""
+        return slice(self.start, self.start + len(self.weights))
 
 
 def windows(length: int, tile: int, overlap: int, grow: int = 1) -> list[Window]:
@@ -65,50 +71,66 @@ def _rise(shared: int) -> Tensor:
     return ((place - 0.25) * 2).clamp(0, 1)
 
 
+@torch.no_grad()
 def encode(
-    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int | None = None
+    autoencoder: AutoencoderKL,
+    pixels: Tensor,
+    *,
+    tile: int = TILE,
+    overlap: int | None = None,
+    passes: int = 1,
 ) -> Posterior:
-    """What `autoencoder.encode` gives, with memory for one tile of pixels at a time.
+    """What `autoencoder.encode` gives, with memory for one tile of pixels at a time; no gradients.
 
     Args:
         pixels: [B, 3, H, W] in [-1, 1], on any device: each tile is brought to the autoencoder's.
         tile: side of a tile in pixels, a multiple of the factor f. A picture within it is encoded as it is.
         overlap: pixels that neighbours share at least, a multiple of f and at most half of `tile`; more hides seams
             better. By default a quarter of `tile`.
+        passes: over all tiles before the last, to gather what GroupNorm must know; each costs as much as the last.
+            With 0 tiles are normalised alone; 1 removes much of the difference to the untiled result of trained
+            models; as many as there are normalisations remove what is due to them.
 
-    Raises ValueError for a tile or an overlap that does not fit, and as `autoencoder.encode` does.
+    Raises ValueError for a tile, an overlap or passes that do not fit, and as `autoencoder.encode` does.
     """
     check_images(pixels, autoencoder.config)
     f = autoencoder.config.factor
     overlap = require_tile(tile, overlap, f)
+    if passes < 0:
+        raise ValueError(f"passes is {passes}, but must be at least 0.")
 
     def read(rows: slice, columns: slice) -> Tensor:
         part = pixels[:, :, rows.start * f : rows.stop * f, columns.start * f : columns.stop * f]
         return torch.cat(autoencoder.encode(_beside(part, autoencoder)), dim=1)
 
-    height, width = pixels.shape[2] // f, pixels.shape[3] // f
-    moments = _blended(read, (height, width), tile // f, overlap // f, 1)
+    down, across = (windows(side // f, tile // f, overlap // f) for side in pixels.shape[2:])
+    moments = _blended(autoencoder.encoder, read, (down, across), 1, passes)
     return Posterior.from_moments(moments.to(pixels.device))
 
 
-def decode(autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int | None = None) -> Tensor:
-    """What `autoencoder.decode` gives, with memory for one tile of pixels and the result.
+@torch.no_grad()
+def decode(
+    autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int | None = None, passes: int = 1
+) -> Tensor:
+    """What `autoencoder.decode` gives, with memory for one tile of pixels and the result; no gradients.
 
     Args:
         z: [B, C, h, w] raw latents, on any device; the result is on the same one.
-        tile, overlap: in pixels, see `encode`.
+        tile, overlap, passes: see `encode`.
 
-    Raises ValueError for a tile or an overlap that does not fit, and as `autoencoder.decode` does.
+    Raises ValueError for a tile, an overlap or passes that do not fit, and as `autoencoder.decode` does.
     """
     check_latents(z, autoencoder.config.latent_channels)
     f = autoencoder.config.factor
     overlap = require_tile(tile, overlap, f)
+    if passes < 0:
+        raise ValueError(f"passes is {passes}, but must be at least 0.")
 
     def read(rows: slice, columns: slice) -> Tensor:
         return autoencoder.decode(_beside(z[:, :, rows, columns], autoencoder))
 
-    height, width = z.shape[2:]
-    return _blended(read, (height, width), tile // f, overlap // f, f).to(z.device)
+    down, across = (windows(side, tile // f, overlap // f, f) for side in z.shape[2:])
+    return _blended(autoencoder.decoder, read, (down, across), f, passes).to(z.device)
 
 
 def _beside(part: Tensor, autoencoder: AutoencoderKL) -> Tensor:
@@ -116,26 +138,36 @@ def _beside(part: Tensor, autoencoder: AutoencoderKL) -> Tensor:
 
 
 def _blended(
-    read: Callable[[slice, slice], Tensor], size: tuple[int, int], tile: int, overlap: int, grow: int
+    network: nn.Module,
+    read: Callable[[slice, slice], Tensor],
+    windows_of: tuple[list[Window], list[Window]],
+    grow: int,
+    passes: int,
 ) -> Tensor:
-    """The weighted sum of all tiles.
+    """The weighted sum of all tiles, after `passes` that only gather statistics.
 
     Args:
+        network: what `read` runs.
         read: rows and columns of latent pixels => their result [B, K, grow * rows, grow * columns].
-        size, tile, overlap: in latent pixels.
+        windows_of: down and across, in pixels of the result.
         grow: pixels of the result to a latent pixel, along one side.
     """
-    down, across = (windows(n, tile, overlap, grow) for n in size)
+    down, across = windows_of
+    if len(down) * len(across) == 1:
+        return read(*(_latent(window.span, grow) for (window,) in windows_of))
     whole: Tensor | None = None
-    for top in down:
-        rows = slice(top.start, top.start + len(top.weights))
-        for left in across:
-            columns = slice(left.start, left.start + len(left.weights))
-            part = at_least_float32(read(_latent(rows, grow), _latent(columns, grow)))
-            if whole is None:
-                whole = part.new_zeros(*part.shape[:2], grow * size[0], grow * size[1])
-            part = part * (top.weights[:, None] * left.weights).to(part)
-            whole[:, :, rows, columns] += part
+    norms = TileNorms(network)
+    with norms.watching():
+        for last in [False] * passes + [True]:
+            for top, left in product(down, across):
+                norms.weight = top.weights[:, None] * left.weights
+                part = at_least_float32(read(_latent(top.span, grow), _latent(left.span, grow)))
+                if last:
+                    if whole is None:
+                        sides = (windows[-1].span.stop for windows in windows_of)
+                        whole = part.new_zeros(*part.shape[:2], *sides)
+                    whole[:, :, top.span, left.span] += part * norms.weight.to(part)
+            norms.learn()
     assert whole is not None  # every picture has a tile
     return whole
 
@@ -175,14 +207,19 @@ class SeamError(NamedTuple):
 
 @torch.no_grad()
 def seam_error(
-    autoencoder: AutoencoderKL, pixels: Tensor, *, tile: int = TILE, overlap: int | None = None
+    autoencoder: AutoencoderKL,
+    pixels: Tensor,
+    *,
+    tile: int = TILE,
+    overlap: int | None = None,
+    passes: int = 1,
 ) -> SeamError:
     """Measure on pictures [B, 3, H, W] in [-1, 1] that are larger than the tile, else there is no error."""
     z = autoencoder.encode(_beside(pixels, autoencoder)).mean
     untiled = autoencoder.decode(z).float()
-    tiled = decode(autoencoder, z, tile=tile, overlap=overlap)
-    code = encode(autoencoder, pixels, tile=tile, overlap=overlap).mean
-    both = decode(autoencoder, code, tile=tile, overlap=overlap).to(untiled.device)
+    tiled = decode(autoencoder, z, tile=tile, overlap=overlap, passes=passes)
+    code = encode(autoencoder, pixels, tile=tile, overlap=overlap, passes=passes).mean
+    both = decode(autoencoder, code, tile=tile, overlap=overlap, passes=passes).to(untiled.device)
     return SeamError(
         decode_db=_mean_db(tiled, untiled),
         decode_max=(tiled - untiled).abs().max().item(),

@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
@@ -109,6 +109,21 @@ def plain(value: Any) -> Any:
 def to_yaml(recipe: Any) -> str:
     """The resolved recipe, every default written out."""
     return yaml.safe_dump(plain(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def filled(saved: dict[str, Any], recipe: Any) -> dict[str, Any]:
+    """A recipe as it was saved, with their defaults for settings that it is too old to have."""
+    whole = dict(saved)
+    for f in fields(recipe):
+        value = getattr(recipe, f.name)
+        if f.name in saved:
+            if is_dataclass(value) and isinstance(saved[f.name], dict):
+                whole[f.name] = filled(saved[f.name], value)
+        elif f.default is not MISSING:
+            whole[f.name] = plain(f.default)
+        elif f.default_factory is not MISSING:
+            whole[f.name] = plain(f.default_factory())
+    return whole
 
 
 def differences(before: Any, now: Any) -> list[str]:

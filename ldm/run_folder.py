@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from autoencoder.files import mend
-from ldm.config import UserError, differences, plain
+from ldm.config import UserError, differences, filled, plain
 from ldm.contract import begun
 
 IMMATERIAL = (
@@ -58,7 +58,7 @@ def changed_settings(out: Path, recipe: Any) -> list[str]:
     saved = out / "config.yaml"
     if not saved.exists() or not begun(out):
         return []
-    changed = differences(yaml.safe_load(saved.read_text()), plain(recipe))
+    changed = differences(filled(yaml.safe_load(saved.read_text()), recipe), plain(recipe))
     material = [change for change in changed if not change.startswith(IMMATERIAL)]
     if material:
         raise UserError(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +66,11 @@ class Coder:
 
 
 def fidelity(made: Tensor, originals: Tensor) -> dict[str, float]:
-    """Mean PSNR in dB and SSIM."""
-    return {"psnr_db": _db(made, originals), "ssim": ssim(made, originals).mean().item()}
+    """PSNR in dB and, of pictures of at least 11 pixels, mean SSIM."""
+    found = {"psnr_db": _db(made, originals)}
+    if min(originals.shape[2:]) >= 11:
+        found["ssim"] = ssim(made, originals).mean().item()
+    return found
 
 
 def _db(made: Tensor, wanted: Tensor) -> float:
@@ -88,12 +91,15 @@ def channel_statistics(latents: Latents) -> dict[str, list[float]]:
     std = (spread + noise).sqrt()
     each_mean = m.mean(dim=(2, 3))  # [N,C]: pixels of one picture are alike, so pictures are what is counted
     each_square = ((m - mean[:, None, None]).square() + v).mean(dim=(2, 3))
-    error_of_square = each_square.std(dim=0) / len(m) ** 0.5
+    error_of_mean, error_of_square = (  # of a single picture nothing can be said
+        (each.std(dim=0, correction=0) / (len(m) - 1) ** 0.5).nan_to_num(float("inf"))
+        for each in (each_mean, each_square)
+    )
     z = (m - mean[:, None, None]) / spread.sqrt().clamp(min=1e-12)[:, None, None]
     return {
         "mean": mean.tolist(),
         "std": std.tolist(),
-        "mean_error": (each_mean.std(dim=0) / len(m) ** 0.5).tolist(),
+        "mean_error": error_of_mean.tolist(),
         "std_error": (error_of_square / (2 * std.clamp(min=1e-12))).tolist(),
         "noise_share": (noise / (spread + noise).clamp(min=1e-24)).tolist(),
         "kurtosis": (z.pow(4).mean(dim=(0, 2, 3)) - 3).tolist(),
@@ -248,10 +254,16 @@ def equivariance(coder: Coder, z: Tensor, originals: Tensor) -> dict[str, float]
     return {name: _db(coder.decode(move(z)), move(originals, f)) for name, move in moves.items()}
 
 
-def seams(coder: Coder, originals: Tensor) -> dict[str, float]:
-    """`tiling.seam_error` with tiles of half the side; nothing where that can't be a tile."""
+def seams(coder: Coder, originals: Tensor) -> dict[str, Any]:
+    """`tiling.seam_error` by passes, with tiles of half the side; nothing where that can't be a tile."""
     f = coder.autoencoder.config.factor
     tile = originals.shape[-1] // 2 // f * f
     if tile < 4 * f:
         return {}
-    return {"tile": tile, **tiling.seam_error(coder.autoencoder, originals[:BATCH], tile=tile)._asdict()}
+    by_passes = {
+        str(passes): tiling.seam_error(
+            coder.autoencoder, originals[:BATCH], tile=tile, passes=passes
+        )._asdict()
+        for passes in (0, 1)
+    }
+    return {"tile": tile, "passes": by_passes}

@@ -28,6 +28,8 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bot
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .8rem; text-align: left; border-bottom: 1px solid var(--line); }
+th { overflow-wrap: anywhere; vertical-align: bottom; } td:first-child { min-width: 9rem; }
+th:first-child, td:first-child { padding-left: 0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption { font-size: .9rem; opacity: .8; }
 </style>
 </head>

@@ -1,9 +1,9 @@
 """How easily latents are learned: a small denoiser, always the same, trained on them for a fixed budget.
 
 Its error on held-out latents is compared with what no learning would reach, so that autoencoders can be compared.
-For latents of mean 0 and deviation 1 there are two such marks at noise level sigma of the flow path
-x_t = (1 - sigma) x_0 + sigma eps: predicting the mean explains 0 of the variance of x_0; the best estimate from each
-number alone, as if latents were white noise, explains (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2).
+At noise level sigma of the flow path x_t = (1 - sigma) x_0 + sigma eps there are two such marks: predicting the mean
+explains 0 of the variance v of x_0; the best linear estimate from each number alone, as if latents were white noise,
+explains (1 - sigma)^2 v / ((1 - sigma)^2 v + sigma^2).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Probe:
     explained: list[float]
     """Share of the held-out variance of x_0 that is predicted at each level; 0 is what the mean does, 1 is all"""
     pointwise: list[float]
-    """The same of the best estimate from each number alone, for latents of unit variance"""
+    """The same of the best linear estimate from each number alone"""
 
     @property
     def score(self) -> float:
@@ -113,8 +113,8 @@ def train_probe(latents: Latents, held: Latents, steps: int, device: torch.devic
             group["lr"] = rates.rate(step, steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    losses, explained = judged(denoiser, held, latents.mean.mean(dim=(0, 2, 3)), device)
-    pointwise = [(1 - s) ** 2 / ((1 - s) ** 2 + s**2) for s in LEVELS]
+    losses, explained, variance = judged(denoiser, held, latents.mean.mean(dim=(0, 2, 3)), device)
+    pointwise = [(1 - s) ** 2 * variance / ((1 - s) ** 2 * variance + s**2) for s in LEVELS]
     count = sum(p.numel() for p in unet.parameters())
     seconds = round(time.time() - began, 1)
     found = Probe(
@@ -142,8 +142,8 @@ def batch_of(latents: Latents, positions: Tensor) -> Tensor:
 @torch.no_grad()
 def judged(
     denoiser: Denoiser, held: Latents, mean: Tensor, device: torch.device
-) -> tuple[list[float], list[float]]:
-    """Flow loss and explained share of the held-out latents at each of LEVELS."""
+) -> tuple[list[float], list[float], float]:
+    """Flow loss and explained share of the held-out latents at each of LEVELS, and their variance around `mean` [C]."""
     positions = torch.arange(len(held.mean))
     x0 = held.sample(random.normal(0, "held-out posterior", positions, held.mean.shape[1:]))
     noise = random.normal(0, "held-out noise", positions, held.mean.shape[1:])
@@ -153,7 +153,7 @@ def judged(
         error = (estimates(denoiser, x0, noise, sigma, device) - x0).square().mean().item()
         losses.append(error / sigma**2)  # eps - x_0 is off by what x_0 is, divided by sigma
         explained.append(1 - error / variance)
-    return losses, explained
+    return losses, explained, variance
 
 
 @torch.no_grad()

@@ -91,7 +91,7 @@ def report(
     Args:
         autoencoders: by the name that the page shows; each on the device that it is measured on.
         data: the pictures, brought to `data.size`. Held out are those of the test or validation split; where there
-            is none, every eighth training picture, which the probe then does not see.
+            is none, every eighth training picture, which the probe then does not see; the page says so.
 
     Raises UserError if the data can't be read, ValueError if an autoencoder does not take pictures of that size.
     """
@@ -119,13 +119,13 @@ def choose(data: DataConfig, budget: Budget) -> Pictures:
     source = open_source(data)
     other, split = shown_source(data, None)
     rows, held = list(range(len(source))), list(range(len(other)))
-    if split == data.split:
+    if split != data.split:
+        split = f"split {split}"
+    elif len(rows) < 16:
+        split = f"the training pictures themselves, as there are only {len(rows)}"
+    else:
         rows, held = [i for i in rows if i % 8 != 7], rows[7::8]
         split = f"every eighth picture of split {split}, as there is no other; the autoencoder knows them"
-        if not held:
-            raise UserError(f"{data.path} has {len(source)} pictures: too few to judge latents by.")
-    else:
-        split = f"split {split}"
     chosen = spread(held, budget.held_out)
     pixels = torch.stack([to_tensor(other.picture(i, data.size)) for i in chosen])
     return Pictures(data, source, spread(rows, budget.pictures), pixels, split)

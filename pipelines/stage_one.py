@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 from autoencoder.kl import AutoencoderKL
+from autoencoder.latents import LatentStatistics, fold
 from ldm.config import UserError, parser_for
 from ldm.data import DataConfig
 
 
 def open_autoencoder(name: str) -> AutoencoderKL:
-    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name."""
+    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name.
+
+    A stock shift_factor is folded in, as `autoencoder.latents` says: stock pipelines of a U-Net ignore it.
+    """
     folder = Path(name).expanduser()
     inner = next(
         (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
@@ -23,10 +28,23 @@ def open_autoencoder(name: str) -> AutoencoderKL:
             f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, "
             "or name another."
         )
-    autoencoder = AutoencoderKL.from_pretrained(inner or name).requires_grad_(False)
-    if autoencoder.config.latents_mean or autoencoder.config.latents_std:
+    autoencoder = AutoencoderKL.from_pretrained(inner or name)
+    config = autoencoder.config
+    if config.latents_mean or config.latents_std:
         raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")
-    return autoencoder
+    if config.shift_factor:  # which they ignore too
+        autoencoder = fold(
+            autoencoder, known(config.latent_channels, config.shift_factor, config.scaling_factor)
+        )
+    return autoencoder.requires_grad_(False)
+
+
+def known(channels: int, shift: float, scale: float) -> LatentStatistics:
+    """The statistics that a stock config's shift_factor and scaling_factor stand for."""
+    statistics = LatentStatistics(channels)
+    number, mean, deviation = 1.0, shift, 1 / scale
+    statistics.sums[:] = torch.tensor([number, mean, mean**2, deviation**2])[:, None]
+    return statistics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,6 @@ def load_encoder(model: Path, end: str) -> Encoder:
             network,
             use_safetensors=True,
             output_loading_info=True,
-            trust_remote_code=False,
             local_files_only=True,
         )
     except RuntimeError as problem:  # which names tensors of the wrong shape on lines of their own
@@ -102,7 +101,7 @@ def load_tokenizer(folder: Path, encoder: Any) -> Any:
     length = told.get("model_max_length")
     if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
         raise ValueError(f"{folder}: model_max_length is {length!r}, but must be from 1 to {MAX_LENGTH}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows = encoder.get_input_embeddings().weight.shape[0]
     if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise ValueError(f"{folder} has words up to number {most:,}, but the text encoder only {rows:,}.")

@@ -29,8 +29,8 @@ except ImportError:
     import httpx  # type: ignore[no-redef]
 
 MANIFEST = "manifest.json"
-PATIENCE = 20.0  # seconds of nothing but failures, after which no other request is begun
-ANSWER = 15.0  # seconds within which the hub has to begin to answer
+PATIENCE = 15.0  # seconds of nothing but failures, after which no other request is begun
+ANSWER = 12.0  # seconds within which the hub has to begin to answer
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that may be gone at the next try
 
 T = TypeVar("T")
@@ -115,6 +115,8 @@ class HubSession:
                 httpx.HTTPError,
                 EntryNotFoundError,
             ) as problem:
+                if isinstance(problem.__cause__, UserError):  # from a thread of the client
+                    raise problem.__cause__ from None
                 status = status_of(problem)
                 final = isinstance(problem, ValueError | LookupError)  # the client's: an answer it can't use
                 passing = status in PASSING or (status is None and not final)

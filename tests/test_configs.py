@@ -7,7 +7,7 @@ import torch
 
 import train_ldm
 import train_vae
-from ldm.config import load, plain, to_yaml
+from ldm.config import differences, filled, load, plain, to_yaml
 from ldm.denoiser import Denoiser
 from ldm.paths import make_path
 from ldm.prediction import make_prediction
@@ -51,3 +51,16 @@ def test_a_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
         recipe = read(ROOT / "configs" / "scenes" / name)
         (tmp_path / name).write_text(to_yaml(recipe))
         assert plain(read(tmp_path / name)) == plain(recipe)
+
+
+def test_settings_newer_than_a_run_have_their_defaults_in_it() -> None:
+    recipe = load(train_ldm.Recipe, ["--config", str(ROOT / "tests" / "toy" / "ldm.yaml")], prog="test")
+    old = plain(recipe)
+    del old["ema_every"], old["run"]["timeout"], old["data"]["bad_share"]
+    assert differences(filled(old, recipe), plain(recipe)) == []
+    changed = load(
+        train_ldm.Recipe,
+        ["--config", str(ROOT / "tests" / "toy" / "ldm.yaml"), "--ema_every", "5"],
+        prog="test",
+    )
+    assert differences(filled(old, changed), plain(changed)) == ["ema_every was 0 and is 5"]

@@ -163,7 +163,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit(m, "unet/config.json", layers_per_block=10**6),
         "more than",
     ),
-    "huge network": (lambda m: edit(m, "unet/config.json", block_out_channels=[2**19, 2**19]), "wrong shape"),
+    "huge network": (lambda m: edit(m, "unet/config.json", block_out_channels=[2**19, 2**18]), "wrong shape"),
     "endless network": (lambda m: edit(m, "unet/config.json", layers_per_block=10**9), "numbers above"),
     "huge vocabulary": (lambda m: edit(m, "text_encoder/config.json", vocab_size=10**12), "describes"),
     "endless encoder": (lambda m: edit(m, "text_encoder/config.json", n_layers=10**9), "more than"),

@@ -211,6 +211,17 @@ def test_without_a_held_out_split_the_probe_does_not_see_what_it_is_judged_on(tm
     assert not set(found.train) & {7, 15, 23}
 
 
+def test_a_handful_of_pictures_is_enough_to_be_told_something(tmp_path: Path) -> None:
+    """Stage 1 must not fail at its end because of them."""
+    scenes = open_source(DataConfig(path="scenes", size=16))
+    (tmp_path / "few").mkdir()
+    scenes.picture(0, 16).save(tmp_path / "few" / "one.png")
+    data, budget = DataConfig(path=str(tmp_path / "few"), size=8), Budget(probe_steps=1)
+    (found,) = report({"model": make()}, data, tmp_path / "page.html", budget)
+    assert found.figures["looked_at"]["held_out"] == 1
+    assert "the training pictures themselves" in (tmp_path / "page.html").read_text()
+
+
 def test_the_run_says_what_it_was_trained_on(chain: Path) -> None:
     assert data_of(str(chain / "vae")).scenes.count == 24
     assert data_of(str(chain / "vae" / "model")) is None

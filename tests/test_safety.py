@@ -1,0 +1,94 @@
+"""The stock safety checker without stock code, and what it does to a publication."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ldm.config import UserError
+from pipelines.publish import Publication, verdict
+from pipelines.safety import ClipSafetyChecker, provenance
+
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
+IMAGES = [Image.new("RGB", (56, 40), colour) for colour in COLOURS]
+IMAGES[0].putdata([(x % 251, x % 199, x % 91) for x in range(56 * 40)])
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory):
+    """A small stock checker with random weights, half of whose verdicts are positive, in its folder."""
+    pytest.importorskip("diffusers", reason="diffusers is the oracle")
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = shape | {"image_size": 32, "patch_size": 8}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)).eval()
+    with torch.no_grad():
+        for name in ("concept_embeds", "special_care_embeds"):
+            getattr(checker, name).copy_(torch.randn(getattr(checker, name).shape))
+            getattr(checker, f"{name}_weights").fill_(1.0)
+    folder = tmp_path_factory.mktemp("checker")
+    checker.save_pretrained(folder)
+    looked = ClipSafetyChecker.from_pretrained(folder)
+    nearest = [max(verdict.scores.values()) + 1 for verdict in looked(IMAGES)]
+    with torch.no_grad():  # half of the pictures are nearer than the mean of the nearest
+        checker.concept_embeds_weights.fill_(float(np.median(nearest)))
+        checker.special_care_embeds_weights[0] = 0.0  # so that some are held to the stricter thresholds
+    checker.save_pretrained(folder)
+    return checker, folder
+
+
+def test_verdicts_are_those_of_the_stock_checker(stock) -> None:
+    theirs, folder = stock
+    ours = ClipSafetyChecker.from_pretrained(folder)
+    pixels = torch.stack([ours.prepare(image) for image in IMAGES])
+    _, flagged = theirs(pixels, [np.zeros((1, 1, 3)) for _ in IMAGES])
+    assert [verdict.flagged for verdict in ours(IMAGES)] == flagged
+    embeds = theirs.visual_projection(theirs.vision_model(pixels)[1])
+    torch.testing.assert_close(ours.network(pixels).image_embeds, embeds)
+
+
+def test_pictures_are_prepared_as_stock_clip_prepares_them(stock) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    ours = ClipSafetyChecker.from_pretrained(stock[1])
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    theirs = CLIPImageProcessorPil(**size)(IMAGES, return_tensors="pt").pixel_values
+    mine = torch.stack([ours.prepare(image) for image in IMAGES])
+    assert (mine - torch.as_tensor(theirs)).abs().max() < 0.1  # of about 4: bytes are rounded differently
+
+
+def test_a_folder_without_the_embeddings_is_no_checker(stock, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(stock[1] / "model.safetensors")
+    del weights["concept_embeds"]
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((stock[1] / "config.json").read_bytes())
+    with pytest.raises(UserError, match="no safety checker"):
+        ClipSafetyChecker.from_pretrained(tmp_path)
+
+
+def test_without_a_checker_or_eyes_no_samples_are_shown(stock, tmp_path: Path) -> None:
+    def asked(**more: object) -> Publication:
+        return Publication(model=tmp_path, name="a/b", license="mit", **more)
+
+    assert "did not say to have looked" in verdict(IMAGES, asked())[1]
+    assert verdict(IMAGES, asked(looked_at=True))[1] == ""
+    flagged = [found.flagged for found in ClipSafetyChecker.from_pretrained(stock[1])(IMAGES)]
+    assert any(flagged) and not all(flagged)
+    with pytest.raises(UserError, match=f"flags {sum(flagged)} of 6 samples, so nothing was published"):
+        verdict(IMAGES, asked(checker=str(stock[1])))
+    clean = [image for image, bad in zip(IMAGES, flagged, strict=True) if not bad]
+    said, why_not = verdict(clean, asked(checker=str(stock[1])))
+    assert why_not == "" and f"flagged 0 of {len(clean)} samples" in said
+
+
+def test_pictures_say_that_a_model_made_them(tmp_path: Path) -> None:
+    IMAGES[0].save(tmp_path / "made.png", pnginfo=provenance(prompt="a 🦊", seed=3))
+    text = Image.open(tmp_path / "made.png").text
+    assert text["prompt"] == "a 🦊" and text["digital_source_type"].endswith("trainedAlgorithmicMedia")

@@ -1,0 +1,32 @@
+"""A stock autoencoder becomes one that needs no factors."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from pipelines.stage_one import open_autoencoder
+
+
+def test_a_stock_shift_is_folded_in(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "latent_channels": 3}
+    factors = {"shift_factor": 0.3, "scaling_factor": 1.5}
+    config = AutoencoderConfig(**shape, **factors, use_quant_conv=False, use_post_quant_conv=False)
+    stock = AutoencoderKL(config)
+    stock.save_pretrained(tmp_path)
+    ours = open_autoencoder(str(tmp_path))
+    assert ours.config.scaling_factor == 1 and not ours.config.shift_factor
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    theirs = stock.encode(x)
+    assert torch.allclose(ours.encode(x).mean, (theirs.mean - 0.3) * 1.5, atol=1e-5)
+    assert torch.allclose(ours.encode(x).std, theirs.std * 1.5, atol=1e-5)
+    assert torch.allclose(ours.decode(ours.encode(x).mean), stock.decode(theirs.mean), atol=1e-5)
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+def test_a_stock_scale_alone_stays_as_it_is(tmp_path: Path) -> None:
+    config = AutoencoderConfig(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.2)
+    AutoencoderKL(config).save_pretrained(tmp_path)
+    assert open_autoencoder(str(tmp_path)).config.scaling_factor == pytest.approx(0.2)
