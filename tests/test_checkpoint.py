@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, and a damaged one is passed over."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,54 @@ def test_any_damage_to_any_file_falls_back(tmp_path: Path, harm) -> None:
         harm(bad / name)
         with pytest.warns(UserWarning, match="damaged checkpoint"):
             assert checkpoint.newest(tmp_path) == good, name
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: set[str] = set()
+    sync, rename = os.fsync, os.rename
+
+    def fsync(handle: int) -> None:
+        sync(handle)
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def renamed(source: Path, target: Path) -> None:
+        missing = {str(path) for path in [source, *Path(source).rglob("*")]} - synced
+        assert not missing, missing
+        synced.discard(str(Path(target).parent))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renamed)
+    parts = trained()
+    snapshot = checkpoint.Snapshot(parts, Stock(parts["model"]))
+    checkpoint.write(tmp_path / "step-1", snapshot, {"note.txt": "x"}, 2, publish=tmp_path / "model")
+    assert str(tmp_path) in synced, "the new name itself is not on the disk"
+
+
+class Stock:
+    """A model that writes a stock folder, with a part in a folder of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "unet").mkdir(parents=True)
+        save_file(self.network.state_dict(), folder / "unet" / "weights.safetensors")
+
+
+def test_a_snapshot_is_a_copy_and_stores_what_the_model_has_once(tmp_path: Path) -> None:
+    parts = trained()
+    model = parts["model"]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    snapshot = checkpoint.Snapshot(parts, Stock(model))
+    for p in model.parameters():
+        p.data.fill_(7)  # training goes on
+    checkpoint.write(tmp_path / "step-1", snapshot, {}, 2, publish=tmp_path / "model")
+    checkpoint.restore(tmp_path / "step-1", parts)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not load_file(tmp_path / "step-1" / "model.safetensors")
+    stored = "unet/weights.safetensors"
+    assert (tmp_path / "step-1" / "model" / stored).samefile(tmp_path / "model" / stored)
 
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path: Path) -> None:
