@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -19,6 +20,12 @@ import train_ldm
 import train_vae
 from ldm import checkpoint
 from tests.support import TOY, losses, newest_weights
+
+for lazy in (
+    "torch._dynamo",
+    "torchmetrics",
+):  # what trainings import when they need it: seconds, in each child
+    importlib.import_module(lazy)
 
 SCRIPTS = {"vae": train_vae, "ldm": train_ldm}
 
