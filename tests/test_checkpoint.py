@@ -103,7 +103,7 @@ def test_a_tied_weight_is_kept_once_and_comes_back_in_both_places(tmp_path: Path
     model, again = (nn.ModuleList([nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)]) for _ in range(2))
     for one in (model, again):
         one[1].weight = one[0].weight
-    checkpoint.save(tmp_path / "step-00000001", {"model": model}, {}, keep=2)
+    save(tmp_path / "step-00000001", {"model": model}, {}, keep=2)
     assert len(load_file(tmp_path / "step-00000001" / "model.safetensors")) == 1
     checkpoint.restore(tmp_path / "step-00000001", {"model": again})
     assert torch.equal(again[1].weight, model[0].weight) and again[1].weight is again[0].weight
