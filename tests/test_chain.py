@@ -207,7 +207,7 @@ def small_disk(tmp_path: Path):
     if mount.returncode:
         pytest.skip("mounting a small disk needs root")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(
