@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from autoencoder.adversarial import Adversary
 from autoencoder.discriminator import Discriminator
+from autoencoder.equivariance import EquivarianceConfig, draw
 from autoencoder.files import written_beside
 from autoencoder.kl import AutoencoderKL
 from autoencoder.latents import LatentStatistics, fold
@@ -41,6 +42,7 @@ from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
 from ldm.sampling import Pixels, epochs
 from ldm.training import Run, RunConfig
+from pipelines.readiness import Budget, report
 from pipelines.sheets import side_by_side
 
 
@@ -63,6 +65,18 @@ class ShowConfig:
 
 
 LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadinessConfig:
+    """The report at the end on how ready the latents are for stage 2, OUT/readiness.html; only of kind kl."""
+
+    pictures: int = 512
+    """Training pictures that it looks at; 0: no report"""
+    probe_steps: int = 200
+    """Training steps of a small denoiser that tries to learn the latents; 0: none"""
+
+
 NETWORKS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
 GAN_OPTIMIZER = OptimizerConfig(name="adamw", lr=3e-4, betas=(0.5, 0.99), weight_decay=0.0)
 
@@ -82,9 +96,11 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     gan_optimizer: OptimizerConfig = field(default_factory=lambda: GAN_OPTIMIZER)
     """Of the discriminator"""
+    equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones kept"""
     show: ShowConfig = field(default_factory=ShowConfig)
+    readiness: ReadinessConfig = field(default_factory=ReadinessConfig)
     workers: int = 1
     """Processes that read or draw pictures beside each training process; 0: the training process does"""
 
@@ -109,15 +125,18 @@ class Recipe:
             )
         if gan.weight and gan.start >= self.run.steps:
             raise ValueError(f"loss.gan.start is {gan.start}, but the run ends after {self.run.steps} steps")
-        if gan.weight and self.data.size < 3 * 2**gan.layers:
+        if self.kind == "vq" and self.equivariance != EquivarianceConfig():
+            raise ValueError("equivariance is set, but kind is vq: set kind to kl, or remove it")
+        least = self.data.size * (self.equivariance.smallest if self.equivariance.probability else 1)
+        if gan.weight and least < 3 * 2**gan.layers:
             raise ValueError(
                 f"loss.gan.layers is {gan.layers}, for which pictures must have {3 * 2**gan.layers} pixels a side, "
-                f"but data.size is {self.data.size}"
+                f"but data.size and equivariance.smallest leave {least:g}"
             )
-        if lpips.weight and self.data.size < SMALLEST[lpips.network]:
+        if lpips.weight and least < SMALLEST[lpips.network]:
             raise ValueError(
                 f"loss.lpips.network {lpips.network} needs pictures of {SMALLEST[lpips.network]} pixels a side, "
-                f"but data.size is {self.data.size}"
+                f"but data.size and equivariance.smallest leave {least:g}"
             )
 
 
@@ -163,9 +182,8 @@ def train(recipe: Recipe, run: Run) -> None:
     pictures = Pixels(source, recipe.data, recipe.run.seed)
     for batch in run.batches(pictures, epochs(source, recipe.data, recipe.run.batch_size), recipe.workers):
         with run.accelerator.accumulate(*trained):
-            pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
-            made, latent = autoencoder(pixels, *posterior_noise(run, recipe, batch))
             step = run.step
+            pixels, made, latent = reconstructed(run, recipe, autoencoder, batch)
             loss, terms = objective(pixels, made, latent, step)
             run.update(loss, optimizer, recipe.optimizer)
             run.note(**terms)
@@ -188,7 +206,9 @@ def train(recipe: Recipe, run: Run) -> None:
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    made = finish(run, averaged, source, recipe, originals)
+    final = finish(run, averaged, source, recipe)
+    made, _ = reconstruct(final, originals)
+    look_back(run, recipe, final, originals, made)
     conclude(run, likeness(made, originals, lpips), f"{len(originals)} pictures of split {split}", split)
 
 
@@ -261,13 +281,22 @@ def new_code_use(run: Run, recipe: Recipe) -> CodeUse | None:
     return CodeUse(recipe.network.num_vq_embeddings, run.device, lambda x: run.accelerator.reduce(x, "sum"))
 
 
-def posterior_noise(run: Run, recipe: Recipe, batch: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """[B,C,h,w] for kind kl; nothing for kind vq, whose latents are not random."""
+def reconstructed(
+    run: Run, recipe: Recipe, autoencoder: Any, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Any]:
+    """Originals, what the autoencoder makes of them, and the latents between; all shrunk and turned in some steps."""
+    pixels = batch["pixels"].contiguous(memory_format=torch.channels_last)
     if recipe.kind == "vq":
-        return ()
+        return pixels, *autoencoder(pixels)
     assert recipe.network.factor and recipe.network.latent_channels  # filled in
-    height, width = (side // recipe.network.factor for side in batch["pixels"].shape[2:])
-    return (run.normal("posterior", batch, (recipe.network.latent_channels, height, width)),)
+    height, width = (side // recipe.network.factor for side in pixels.shape[2:])
+    noise = run.normal("posterior", batch, (recipe.network.latent_channels, height, width))
+    uniforms = random.stream(recipe.run.seed, "equivariance", run.step).random(
+        3
+    )  # of the step, not the sample
+    turned = draw(recipe.equivariance, uniforms.tolist())
+    made, posterior = autoencoder(pixels, noise, turned)
+    return pixels if turned is None else turned(pixels, recipe.network.factor), made, posterior
 
 
 def revive(run: Run, recipe: Recipe, codes: CodeUse, latent: Quantized, networks: Sequence[VQModel]) -> None:
@@ -324,25 +353,35 @@ def show(
 
 
 @torch.no_grad()
-def finish(run: Run, autoencoder: Any, source: Source, recipe: Recipe, originals: Tensor) -> Tensor:
-    """Write OUT/model, and return what it makes of the originals.
+def finish(run: Run, autoencoder: Any, source: Source, recipe: Recipe) -> Any:
+    """Write OUT/model, and return what lies there.
 
     The statistics of the latents of the whole training set are folded into an AutoencoderKL.
     """
     if recipe.kind == "kl":
         statistics = LatentStatistics(autoencoder.config.latent_channels)
-        for pixels in run.shares(source, "latent statistics"):
-            statistics.update(autoencoder.encode(pixels))
+        with torch.no_grad():
+            for pixels in run.shares(source, "latent statistics"):
+                statistics.update(autoencoder.encode(pixels))
         if run.accelerator.num_processes > 1:
             statistics.sums = run.accelerator.reduce(statistics.sums.to(run.device)).cpu()
         autoencoder = fold(autoencoder, statistics)
-    made, _ = reconstruct(autoencoder, originals)
     if run.main:
         with writing(run.out / "model"), written_beside(run.out / "model") as fresh:
             autoencoder.save_pretrained(fresh)
-        sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]), labels=["original", "made"])
-        sheet.save(run.out / "reconstructions.png")
-    return made
+    return autoencoder
+
+
+def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, made: Tensor) -> None:
+    """Write OUT/reconstructions.png and, of kind kl, the report on the latents."""
+    if not run.main:
+        return
+    sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]), labels=["original", "made"])
+    sheet.save(run.out / "reconstructions.png")
+    if recipe.kind == "kl" and recipe.readiness.pictures:
+        budget = Budget(pictures=recipe.readiness.pictures, probe_steps=recipe.readiness.probe_steps)
+        report({run.out.name: autoencoder}, recipe.data, run.out / "readiness.html", budget)
+        run.say(f"how ready the latents are for stage 2: {run.out}/readiness.html")
 
 
 if __name__ == "__main__":

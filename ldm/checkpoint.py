@@ -256,7 +256,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def split(state: Any, copied: Callable[[Tensor], Tensor] = Tensor.detach) -> tuple[dict[str, Tensor], Any]:
+def split(
+    state: Any, copied: Callable[[Tensor], Tensor] = Tensor.contiguous
+) -> tuple[dict[str, Tensor], Any]:
     """A nested state as tensors by path, and the same nest with each tensor replaced by {"tensor": its path}.
 
     A tensor that stands in several places, such as a tied weight, is kept once.

@@ -8,9 +8,10 @@ steps happens; then the end of the script.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -56,10 +57,16 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
             hint = " Lower run.batch_size, raise run.accumulate, or set run.gradient_checkpointing."
         raise UserError(f"The dry run failed while {doing[-1]}: {problem}{hint}") from problem
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in missing:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
+        if int(os.environ.get("RANK", 0)) == 0:  # the process that reads what all have written
+            clear(scratch, missing)
+
+
+def clear(scratch: Path, missing: Iterable[Path]) -> None:
+    """Remove the scratch folder, and those of its parents that were made for it."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    for folder in missing:
+        if folder.exists() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 class FirstPictures:
@@ -303,11 +310,11 @@ class DryRun(Run):
         """Print what was found. UserError if the disk has not the room."""
         self.found.finish_seconds += self._now() - self._looped
         super().end(**result)
-        saved = list((self.out / "checkpoints").iterdir())
-        self.found.disk["checkpoints"] = folder_bytes(saved[0]) * (
-            self.found.keep + 1
-        )  # before one is removed
+        if not self.main:
+            return
+        saved = next((self.out / "checkpoints").iterdir())
+        more = self.found.keep + 1  # before one is removed
+        self.found.disk["checkpoints"] = folder_bytes(saved) * more
         self.found.disk["model"] = 2 * folder_bytes(self.out / "model")  # written beside the one before
-        if self.main:
-            print(self.found.report(self.home))
+        print(self.found.report(self.home))
         self.found.check_disk(self.home)

@@ -15,6 +15,7 @@ from ldm import random
 from ldm.buckets import Buckets
 from ldm.config import UserError
 from ldm.data import DataConfig, Source
+from ldm.faults import explain
 from ldm.pictures import to_tensor
 
 
@@ -160,12 +161,9 @@ def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int, timeout: 
                 raise batch
             yield batch
     except RuntimeError as problem:
-        if not str(problem).startswith("DataLoader worker"):
-            raise
-        raise UserError(
-            f"A process that reads pictures has died ({str(problem).splitlines()[0]}); it may have run out of memory. "
-            "Lower workers, or run the same command again."
-        ) from None
+        if said := explain(problem):
+            raise UserError(said) from None
+        raise
 
 
 class Guarded:

@@ -208,7 +208,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_work(data: DataConfig, part
             cache._write(disk / "00000.safetensors", {"mean": torch.zeros(9999)})
         assert not list(disk.glob("00000*"))
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 MEMORY = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from autoencoder.files import written_beside
@@ -88,7 +88,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
 
     def fsync(handle: int) -> None:
         sync(handle)
-        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        synced.add(str(Path(f"/proc/self/fd/{handle}").readlink()))
 
     def renamed(source: Path, target: Path) -> None:
         missing = {str(path) for path in [source, *Path(source).rglob("*")]} - synced
