@@ -102,6 +102,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.data.crop == "random":
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
+        if self.run.shard and self.optimizer.name == "adamw8bit":
+            raise ValueError(
+                "optimizer.name adamw8bit can't take weights in parts: set run.shard to false, or another"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}, but must lie in [0, 1)")
         if self.ema_every < 0:
             raise ValueError(f"ema_every is {self.ema_every}, but must be at least 0")
         if self.ema_every and self.run.shard:
@@ -290,7 +296,7 @@ def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> Non
     if text and cut:
         run.say(
             f"{cut} of {len(source)} captions are longer than {text.max_length} tokens and are cut; "
-            "see text.max_length"
+            "see conditioning.text.max_length"
         )
 
 

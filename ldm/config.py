@@ -70,7 +70,8 @@ def parser_for(cls: type, prog: str) -> jsonargparse.ArgumentParser:
     parser = Parser(prog=prog, description=cls.__doc__)
     parser.add_argument("--config", action="config", help="a recipe in YAML; later arguments override it")
     parser.epilog = (
-        f"{DRY_RUN}: try everything once, say what it takes and how long, and leave nothing behind"
+        f"{DRY_RUN}: try everything once, say what it takes and how long, and leave nothing behind "
+        "but the copy of a stream"
     )
     parser.add_class_arguments(cls, None)
     return parser

@@ -26,12 +26,13 @@ class Contract:
         Raises:
             UserError: the run was begun with something else.
         """
-        file = run.out / "contract.json"
-        if begun(run.out):
+        home = getattr(run, "home", run.out)  # of a dry run, the folder of the run that it rehearses
+        file = home / "contract.json"
+        if begun(home):
             if file.exists():
                 self.load_state_dict(json.loads(file.read_text()))
         elif run.main:
-            write_text(file, json.dumps(self.terms, indent=1) + "\n")
+            write_text(run.out / "contract.json", json.dumps(self.terms, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return self.terms

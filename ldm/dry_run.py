@@ -306,6 +306,9 @@ class DryRun(Run):
         self.found.note_peak("saving", self.memory.peak())
         self.memory.forget()
 
+    def _stop(self, number: int) -> None:
+        raise SystemExit(128 + number)  # there is nothing to go on with
+
     def end(self, **result: float | str) -> None:
         """Print what was found. UserError if the disk has not the room."""
         self.found.finish_seconds += self._now() - self._looped

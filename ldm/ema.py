@@ -23,7 +23,7 @@ class EMA:
 
     def __init__(self, decay: float, **modules: nn.Module) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"ema.decay is {decay}, but must lie in [0, 1)")
+            raise ValueError(f"ema_decay is {decay}, but must lie in [0, 1)")
         self.decay = decay
         self._parts: dict[str, list[Tensor]] = {}
         self.modules = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,6 +138,27 @@ def inspected(source: Source, run: Any, split: str = "") -> Source:
         left.sizes = assign(sizes[sound], sizes_for(source.config.size, step), run.config.batch_size)
         run.say(described(left.sizes))
     return left
+
+
+def sound(source: Source) -> Source:
+    """The pictures of `source` that can be read, for what has no run folder; says which are left out.
+
+    Raises:
+        UserError: none can be.
+    """
+    if isinstance(source, SceneSource):
+        return source
+    bad = [(i, seen.name, seen.reason) for i, seen in enumerate(look(source)) if seen.reason]
+    if len(bad) == len(source):
+        raise UserError(
+            f"None of the {len(bad):,} pictures in {source.config.where} can be used: {_first(bad)}."
+        )
+    if bad:
+        print(
+            f"{len(bad):,} of {len(source):,} pictures are bad and left out: {_first(bad)}", file=sys.stderr
+        )
+    unfit = {i for i, _, _ in bad}
+    return source.chosen([i for i in range(len(source)) if i not in unfit])
 
 
 def _judge(source: Source, bad: Sequence[Sequence[Any]], names: Path) -> None:

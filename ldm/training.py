@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -70,6 +71,12 @@ class Run(RunLog):
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout))],
         )
         super().__init__(Path(config.out), accelerator)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started != accelerator.num_processes:
+            raise UserError(
+                f"{started} processes were started, but Accelerate sees {accelerator.num_processes}; "
+                "without GPUs, set ACCELERATE_USE_CPU=true."
+            )
         self.config, self.recipe = config, recipe
         shares = accelerator.num_processes * config.accumulate
         if config.batch_size % shares:

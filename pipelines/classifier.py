@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
+from ldm.inspection import sound
 from ldm.pictures import to_tensor
 from ldm.sampling import order
 
@@ -72,7 +73,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
     Raises:
         UserError: the data has no classes.
     """
-    source = open_source(data)
+    source = sound(open_source(data))
     if source.labels is None:
         raise UserError(
             f"{data.where} has no classes to recognise; set data.label to the column that names them."
@@ -104,7 +105,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
 def measured(recogniser: Recogniser, data: DataConfig, split: str) -> dict[str, float]:
     """{split: share named rightly}, or nothing where the data has no such split."""
     try:
-        source = open_source(data, split)
+        source = sound(open_source(data, split))
     except UserError:
         return {}
     assert source.labels is not None

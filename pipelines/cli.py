@@ -65,12 +65,8 @@ def add_ema(verbs: Any) -> None:
     average.set_defaults(run=run_ema)
 
 
-def size(text: str) -> tuple[int, int]:
-    """WxH"""
-    width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 64x64")
-    return int(width), int(height)
+DRAWING = ("generate", "edit", "inpaint")
+"""Verbs that take any number of prompts"""
 
 
 @command("ldm")
@@ -78,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     reader = parser()
     options, more = reader.parse_known_args(argv)
     flags = [word for word in more if word.startswith("-")]
-    if flags or (more and not hasattr(options, "prompts")):
+    if flags or (more and options.verb not in DRAWING):
         reader.error(f"unrecognized arguments: {' '.join(flags or more)}")
     if more:  # argparse does not see prompts that come after an option
         options.prompts += more

@@ -127,8 +127,8 @@ def picture_of(file: Path) -> Image.Image:
     try:
         picture = Image.open(file)
         picture.load()
-    except UnidentifiedImageError:
-        raise UserError(f"{file} is not a picture that can be read.") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise UserError(f"{file} is not a picture that can be read, or far too large.") from None
     return picture
 
 

@@ -1,7 +1,7 @@
 """Pictures from pictures: image to image, inpainting and outpainting, inversion and interpolation.
 
-Each works with any latent model as it was trained. Pictures are PIL images, turned by their EXIF orientation, alpha
-laid on white; sides are multiples of the model's factor.
+Each works with any latent model as it was trained, but one of captions and classes together. Pictures are PIL images,
+turned by their EXIF orientation, alpha laid on white; sides are multiples of the model's factor.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from ldm.checks import require_int
+from ldm.conditioning import ClassAndText
 from ldm.paths import Grid
 from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
@@ -262,6 +263,10 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 def reading(model: LatentDiffusion, prompts: Prompts, n: int) -> tuple[dict[str, Tensor], int]:
     """What the conditioner reads, and how many samples that makes."""
     require_int("n", n, 1, 2**31)
+    if isinstance(model.conditioner, ClassAndText):
+        raise ValueError(
+            "this model is told captions and classes together, with which pictures can only be drawn"
+        )
     read = model.read(prompts, n)
     return read, len(next(iter(read.values()))) if read else n
 

@@ -19,6 +19,7 @@ from ldm.config import UserError
 from ldm.paths import EDM, VP, Flow, Path, vp_betas
 from ldm.pictures import to_images, to_tensor
 from ldm.random import normal
+from ldm.samplers import SAMPLERS
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.sheets import contact_sheet
 
@@ -102,6 +103,8 @@ def steps_sweep(
     and are refused.
     """
     for sampler in samplers:
+        if sampler not in SAMPLERS:
+            raise UserError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
         if sampler not in ("ddim", "euler", "heun", "dpmpp_2m", "unipc"):
             raise UserError(f"{sampler} draws anew at each step, so that it converges to no one picture.")
     figure = Figure(figsize=(11, 4), layout="constrained")
@@ -133,9 +136,10 @@ def pixels(images: Sequence[Image.Image]) -> np.ndarray:
 def curves(run: File) -> Figure:
     """Everything in a run's metrics.jsonl against its steps, one panel a name."""
     try:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        written = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     except OSError:
         raise UserError(f"{run} holds no metrics.jsonl; give the folder of a training run.") from None
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last may be being written
     names = sorted({name for line in lines for name in line} - {"step", "time"})
     if not names:
         raise UserError(f"{run}/metrics.jsonl has no lines yet.")

@@ -23,6 +23,7 @@ from autoencoder.store import weight_hash
 from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, Source, open_source
+from ldm.inspection import sound
 from pipelines.card import LICENSES, Facts, Metric, leaf, model_card
 from pipelines.gate import (
     Copies,
@@ -135,7 +136,7 @@ class FinishedRun:
         """The training pictures, found at `path`."""
         said = self.recipe["data"]
         scenes = ScenesConfig(**said["scenes"]) if path == "scenes" else ScenesConfig()
-        return open_source(DataConfig(**{**said, "path": path, "scenes": scenes}))
+        return sound(open_source(DataConfig(**{**said, "path": path, "scenes": scenes})))
 
 
 def publish(what: Publication) -> str:

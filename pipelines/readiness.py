@@ -23,6 +23,7 @@ from ldm import random
 from ldm.checks import require_int
 from ldm.config import UserError, plain
 from ldm.data import DataConfig, Source, open_source, shown_source
+from ldm.inspection import sound
 from ldm.pictures import to_tensor
 from pipelines import latent_measures as measures
 from pipelines.latent_diffusion import best_device
@@ -116,8 +117,9 @@ def report(
 
 def choose(data: DataConfig, budget: Budget) -> Pictures:
     """Training pictures and held-out ones, evenly spread."""
-    source = open_source(data)
+    source = sound(open_source(data))
     other, split = shown_source(data, None)
+    other = source if split == data.split else sound(other)
     rows, held = list(range(len(source))), list(range(len(other)))
     if split != data.split:
         split = f"split {split}"

@@ -12,6 +12,7 @@ from autoencoder.files import write_text
 from ldm.conditioning import ClassAndText, ClassLabels
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
+from ldm.inspection import sound
 from ldm.pictures import to_tensor
 from pipelines.classifier import train_recogniser
 from pipelines.latent_diffusion import LatentDiffusion, best_device
@@ -27,7 +28,7 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
     drawer = LatentDiffusion.from_pretrained(model).to(best_device())
     side = drawer.latent_shape(None)[1] * drawer.autoencoder.config.factor
     data = DataConfig(path=path, size=side)
-    source = open_source(data)
+    source = sound(open_source(data))
     prompts = (
         list(source.classes) if isinstance(drawer.conditioner, ClassLabels) else captions_of_classes(source)
     )

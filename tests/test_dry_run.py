@@ -9,6 +9,7 @@ from torch import nn
 
 import train_ldm
 import train_vae
+from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import ResnetBlock
 from ldm.config import UserError
 from ldm.findings import Findings, Part, folder_bytes, hours
@@ -35,9 +36,7 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     SCRIPTS[stage].main(arguments(stage, chain, tmp_path / "new" / "run") + more)
     said = capsys.readouterr().out
     assert "seed: 0" in said and "images/s" in said and "All was tried once and worked" in said
-    weights = sum(
-        p.numel() for p in train_vae.AutoencoderKL.from_pretrained(chain / "vae/model").parameters()
-    )
+    weights = sum(p.numel() for p in AutoencoderKL.from_pretrained(chain / "vae/model").parameters())
     assert f"{weights:,} {'trained' if stage == 'vae' else 'frozen'}" in said
     assert "for the 6 steps from here" in said
     assert list(tmp_path.iterdir()) == []
