@@ -11,7 +11,8 @@ test: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --ignore tests/test_faults.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_faults.py # forks, for which a process must have one thread alone
 
 lint: .venv/ready-test
 	$(BIN)/ruff check --fix .
