@@ -11,8 +11,8 @@ test: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --ignore tests/test_faults.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_faults.py # forks, for which a process must have one thread alone
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --ignore tests/test_faults.py --ignore tests/test_sharding.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_faults.py tests/test_sharding.py # these fork, which workers with threads must not
 
 lint: .venv/ready-test
 	$(BIN)/ruff check --fix .
