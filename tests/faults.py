@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ldm import checkpoint
 from tests.forked import Killer, alike, ended, forked, train, trained
-from tests.support import losses
+from tests.support import flip, losses, truncate, zero
 
 
 def reference(folder: Path, *arguments: str) -> tuple[Path, float]:
@@ -103,20 +103,6 @@ def stop_at_random(folder: Path, trials: int, seed: int = 0) -> int:
             assert done >= steps - 2 and code in (0, -number, 128 + number), (done, code, said)
         goes_on(run, expected, *rarely)
     return trials
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
 
 
 HARMS: tuple[Callable[[Path], None], ...] = (truncate, flip, zero, Path.unlink)

@@ -51,3 +51,17 @@ def newest_weights(run: Path) -> dict[str, Tensor]:
         for f in sorted(folder.rglob("*.safetensors"))
         for key, value in load_file(f).items()
     }
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))

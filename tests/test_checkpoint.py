@@ -11,6 +11,7 @@ from torch import nn
 from autoencoder.files import written_beside
 from ldm import checkpoint
 from ldm.optim import OptimizerConfig, make_optimizer
+from tests.support import flip, truncate, zero
 
 
 def trained() -> dict[str, checkpoint.Stateful]:
@@ -54,20 +55,6 @@ def test_pruning_spares_what_a_run_went_back_to(tmp_path: Path) -> None:
         flip(tmp_path / f"step-{step:08d}" / "model.safetensors")
     save(tmp_path / "step-00001500", trained(), {}, keep=2)
     assert {"step-00001000", "step-00001500"} <= {p.name for p in tmp_path.iterdir()}
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, zero, Path.unlink])
