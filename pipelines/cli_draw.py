@@ -165,6 +165,8 @@ def spoken() -> Iterator[None]:
 
 
 def generate(options: argparse.Namespace) -> None:
+    if options.columns is not None and options.columns < 1:
+        raise UserError(f"--columns is {options.columns}, but must be at least 1.")
     model, checker = opened(options)
     asked = told(options, model)
     names = ("size", "batch", "tile")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checks import require_int
+from ldm.guidance import Guidance
 from ldm.paths import Grid, Spacing
 from ldm.pictures import to_images
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
@@ -37,7 +38,7 @@ def begin(
     pixels: Tensor,
     prompts: Prompts,
     classes: Prompts,
-    guidance: float,
+    guidance: float | Guidance,
     negative: str,
     n: int,
     seed: int | Sequence[int],
@@ -64,7 +65,7 @@ def image_to_image(
     steps: int = 30,
     sampler: str | None = None,
     spacing: Spacing | None = None,
-    guidance: float = 4.0,
+    guidance: float | Guidance = 4.0,
     negative: str = "",
     n: int = 1,
     seed: int | Sequence[int] = 0,
@@ -98,7 +99,7 @@ def inpaint(
     steps: int = 30,
     sampler: str | None = None,
     spacing: Spacing | None = None,
-    guidance: float = 4.0,
+    guidance: float | Guidance = 4.0,
     negative: str = "",
     n: int = 1,
     seed: int | Sequence[int] = 0,
