@@ -22,7 +22,9 @@ class Pairs(NamedTuple):
     """Pictures by number, the first of each pair the smaller one."""
 
     equal: list[tuple[int, int]]  # the same pixels: each later copy with the first
-    near: list[tuple[int, int]]  # other pixels, nearly the same: each picture with the first that it resembles
+    near: list[
+        tuple[int, int]
+    ]  # other pixels, nearly the same: each picture with the first that it resembles
 
 
 def pairs(looks: Sequence[Look]) -> Pairs:
@@ -49,7 +51,7 @@ def _near(looks: Sequence[Look], different: list[int]) -> list[tuple[int, int]]:
     colours = prints[:, 32:].astype(np.int16)
     resembled = first.copy()  # by each print: the first picture with it or one like it
     for rows in _sharing_a_band(bits):
-        for some in np.array_split(rows, -(-len(rows) ** 2 // TOGETHER)):
+        for some in np.array_split(rows, -(-(len(rows) ** 2) // TOGETHER)):
             apart = np.bitwise_count(bits[some, None] ^ bits[rows]).sum(-1)
             alike = (apart <= NEAR) & (abs(colours[some, None] - colours[rows]).max(-1) <= COLOUR)
             earliest = np.where(alike, first[rows], len(different)).min(1)

@@ -9,7 +9,10 @@ from pipelines.duplicates import COLOUR, NEAR, pairs
 def looks_of(prints: np.ndarray, pixels: np.ndarray | None = None) -> list[Look]:
     """A `Look` for each row [N,35] of `prints`, all of different pixels unless `pixels` [N] says otherwise."""
     pixels = np.arange(len(prints)) if pixels is None else pixels
-    return [Look(str(i), print=row.tobytes(), pixels=int(pixels[i]).to_bytes(4, "big")) for i, row in enumerate(prints)]
+    return [
+        Look(str(i), print=row.tobytes(), pixels=int(pixels[i]).to_bytes(4, "big"))
+        for i, row in enumerate(prints)
+    ]
 
 
 def flipped(row: np.ndarray, bits: int, drawn: np.random.Generator) -> np.ndarray:
