@@ -88,6 +88,11 @@ class Publication:
             raise UserError(f"{self.name} is no name on the hub; give NAMESPACE/NAME.")
         require_license(self.license)
 
+    @property
+    def license_name(self) -> str | None:
+        """What the hub calls a licence that it doesn't know."""
+        return self.license_file.stem if self.license == "other" and self.license_file else None
+
 
 class FinishedRun:
     """What a run folder says about itself."""
@@ -148,10 +153,7 @@ def publish(what: Publication) -> str:
             message says otherwise.
     """
     token = "" if what.dry_run else token_of_person()
-    require_diffusers()
-    terms = license_text(what.license, what.license_file, what.name.split("/")[0])
-    if what.credentials:
-        what.credentials.require()
+    terms = checked(what)
     run = FinishedRun(what.model)
     model = LatentDiffusion.from_pretrained(run.model)
     source = run.source(what.data) if what.data else None
@@ -190,7 +192,7 @@ def publish(what: Publication) -> str:
         facts = Facts(
             name=what.name,
             license=what.license,
-            license_name=what.license_file.stem if what.license_file and what.license == "other" else None,
+            license_name=what.license_name,
             about=what.about,
             pipeline=pipeline,
             proof=proof,
@@ -203,6 +205,14 @@ def publish(what: Publication) -> str:
         (release / "README.md").write_text(model_card(facts), encoding="utf-8")
         (release / "LICENSE").write_text(terms, encoding="utf-8")
         return send(what, release, token)
+
+
+def checked(what: Publication) -> str:
+    """The licence's text; UserError for what would else fail after all has been drawn."""
+    require_diffusers()
+    if what.credentials:
+        what.credentials.require()
+    return license_text(what.license, what.license_file, what.name.split("/")[0])
 
 
 def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
