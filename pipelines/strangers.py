@@ -20,7 +20,7 @@ from autoencoder.untrusted import (
     require_memory,
     weight_files,
 )
-from ldm.encoders import Encoder, encoder_class
+from ldm.encoders import Encoder, encoder_class, quietly
 
 TOKENIZER_BYTES = 50_000_000  # of tokenizer.json
 MAX_LENGTH = 4096  # tokens of a caption
@@ -71,12 +71,10 @@ def load_encoder(model: Path, end: str) -> Encoder:
         )
     require_memory(max(elements, held), str(network))
     try:
-        encoder, found = made.from_pretrained(
-            network,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with quietly():
+            encoder, found = made.from_pretrained(
+                network, use_safetensors=True, output_loading_info=True, local_files_only=True
+            )
     except RuntimeError as problem:  # which names tensors of the wrong shape on lines of their own
         reason = " ".join(str(problem).split())[:300]
         raise ValueError(f"{network}: the weights do not fit config.json ({reason}).") from None
