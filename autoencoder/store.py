@@ -123,7 +123,9 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     content = read_json(path)
     found = content.get("_class_name", class_name)
     if found != class_name:
-        raise ValueError(f"{path} describes {found}, but {class_name} is wanted.")
+        raise ValueError(
+            f"{path} describes {found}, but {class_name} is wanted: give a folder that holds a saved {class_name}."
+        )
     keys = {key: _tuples(value) for key, value in content.items() if not key.startswith("_")}
     if large := [key for key, value in keys.items() if _largest(value) > LARGEST]:
         raise ValueError(f"{path}: {large[0]} has numbers above {LARGEST:,}, which no network has.")
