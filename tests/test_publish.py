@@ -36,7 +36,6 @@ def published(chain: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("hub")
     with Hub(folder / "hub", chunk=50_000) as hub:
         client = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test_write"}
-        client["HF_HUB_DISABLE_XET"] = "1"
         patch = pytest.MonkeyPatch()
         for key, value in client.items():
             patch.setenv(key, value)
