@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import command
-from pipelines import cli_doctor, publish
+from pipelines import cli_doctor
 from pipelines.cli_draw import MODEL, add_draw, spoken
 from pipelines.cli_edit import add_edit
 from pipelines.cli_plot import add_plot
+from pipelines.cli_publish import add_publish
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     name.set_defaults(run=run_recognise)
 
     cli_doctor.add_doctor(verbs)
-    publish.add_publish(verbs)
+    add_publish(verbs)
     add_plot(verbs)
 
     add_ema(verbs)
