@@ -12,7 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from pipelines.gate import Copies, Proof
+from pipelines.gate import Proof
+from pipelines.memorisation import Copies
 
 # https://huggingface.co/docs/hub/repositories-licenses; "unknown" is no choice, "other" needs more than an identifier
 LICENSES = tuple(

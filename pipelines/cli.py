@@ -10,6 +10,7 @@ from typing import Any
 from ldm.config import command
 from pipelines import cli_doctor, publish
 from pipelines.cli_draw import MODEL, add_draw
+from pipelines.cli_evaluate import add_evaluate
 from pipelines.cli_plot import add_plot
 
 
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     cli_doctor.add_doctor(verbs)
     publish.add_publish(verbs)
     add_plot(verbs)
+    add_evaluate(verbs)
 
     add_ema(verbs)
     demo = verbs.add_parser(
@@ -99,3 +101,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from pipelines.demo import demo
 
     demo(options.out)
+
+
+if __name__ == "__main__":
+    main()

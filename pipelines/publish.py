@@ -26,17 +26,16 @@ from ldm.data import DataConfig, ScenesConfig, Source, open_source
 from ldm.inspection import sound
 from pipelines.card import LICENSES, Facts, Metric, leaf, model_card
 from pipelines.gate import (
-    Copies,
     Proof,
     Request,
     drawn_by_stock,
-    find_copies,
     furthest,
     require_diffusers,
     require_same,
     scan_half,
 )
 from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.memorisation import Copies, find_copies
 from pipelines.release import SHARD, listed, search_secrets, write_release
 from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
 from pipelines.sheets import contact_sheet, side_by_side
