@@ -97,7 +97,7 @@ def read_record(file: Path) -> tuple[Record, Image.Image]:
         notes = {key: str(value) for key, value in getattr(image, "text", {}).items()}
     if (made_by := notes.get("made_by", VERB)) != VERB:
         raise UserError(
-            f"{file} was made by {made_by} from another picture; run that again, as the file says."
+            f"{file} was made by {made_by}; only what {VERB} made is drawn again from its file alone."
         )
     numbers = {"seed": int, "steps": int, "guidance": float, "tile": int, "batch": int, "place": int}
     try:

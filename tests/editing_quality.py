@@ -2,7 +2,8 @@
 
 Inpainting: PSNR inside a hole, and the mean difference of the pixels on both sides of its edge, of 255; the same for a
 hole filled with the mean of the known pixels, and what the original has there. Image to image: RMS distance to the
-picture, of 255, at rising strength. Inversion: PSNR of the picture drawn again from its noise, and the autoencoder's own.
+picture, of 255, at rising strength. Inversion: PSNR of the picture drawn again from its noise, and
+of the autoencoder.
 """
 
 from __future__ import annotations

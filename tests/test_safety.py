@@ -131,8 +131,10 @@ def test_generate_withholds_what_is_flagged(
     assert any(flagged) and not all(flagged)
     told = ["generate", str(chain / "ldm"), "a circle", "--n", "6", "--steps", "2"]
     told += ["--checker", str(tmp_path / "strict")]
+    (tmp_path / "out").mkdir()
+    drawn[0].save(tmp_path / "out" / f"{flagged.index(True):04d}.png")
     ldm([*told, "--out", str(tmp_path / "out")])
-    assert f"strict flagged {sum(flagged)} of them, which were not written" in capsys.readouterr().out
+    assert f"strict flagged {sum(flagged)} of 6 pictures; these are not written" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out").glob("0*.png")}
     assert written == {f"{i:04d}.png" for i in range(6) if not flagged[i]}
     ldm([*told, "--keep-flagged", "--out", str(tmp_path / "all")])
