@@ -38,7 +38,9 @@ from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
+from ldm.validation import HeldOut, ValidationConfig, hold_out, losses, named
 from pipelines import LatentDiffusion
+from pipelines.quick import quick_figures
 from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
 from pipelines.stage_one import open_autoencoder
@@ -98,6 +100,7 @@ class Recipe:
     ema_every: int = 0
     """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if self.data.crop == "random":
@@ -148,6 +151,7 @@ def train(recipe: Recipe, run: Run) -> None:
     profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner)
     prompts = prompts_to_show(model, recipe.show, source)
+    held_out = hold_out(recipe.validation, recipe.data, source, model, run)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
@@ -156,8 +160,7 @@ def train(recipe: Recipe, run: Run) -> None:
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        ema.gather()
-        show(run, model, recipe.show, prompts)
+        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
         run.save()
 
     for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
@@ -177,9 +180,7 @@ def train(recipe: Recipe, run: Run) -> None:
                     profiles.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        if run.due(recipe.show.every):
-            ema.gather()
-            show(run, model, recipe.show, prompts)
+        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -321,12 +322,50 @@ def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) 
     return told
 
 
+def look(
+    run: Run,
+    recipe: Recipe,
+    model: LatentDiffusion,
+    prompts: dict[str, list[str]],
+    held_out: HeldOut | None,
+    denoiser: Denoiser,
+    ema: EMA,
+    trained: dict[str, Any],
+) -> None:
+    """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
+    if run.due(recipe.show.every):
+        ema.gather()
+        show(run, model, recipe.show, prompts)
+    if held_out and run.due(recipe.validation.every):
+        ema.gather()
+        validate(run, recipe, model, held_out, denoiser, trained)
+
+
 def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]]) -> None:
     """Draw the fixed prompts with the averaged weights."""
     if run.main:
         n = 1 if told else config.count
         images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
         run.picture(contact_sheet(images, told.get("prompts")), "drawn")
+
+
+def validate(
+    run: Run,
+    recipe: Recipe,
+    model: LatentDiffusion,
+    held_out: HeldOut,
+    denoiser: Denoiser,
+    trained: dict[str, Any],
+) -> None:
+    """Log the loss on held-out pictures by noise level, of averaged and raw weights, and how near drawn ones come."""
+    config, factor = recipe.validation, model.autoencoder.config.factor
+    averaged = {"unet": model.unet, "conditioner": model.conditioner}
+    for weights, parts in (("ema", averaged), ("raw", averaged | trained)):
+        of_these = replace(denoiser, network=parts["unet"])
+        found = losses(run, held_out, of_these, parts["conditioner"], factor, config.bins)
+        run.remark(**named(held_out.split, weights, model.path, found))
+    if run.main:
+        run.remark(**quick_figures(model, held_out, steps=config.steps, guidance=recipe.show.guidance))
 
 
 if __name__ == "__main__":

@@ -132,6 +132,10 @@ def picture_of(file: Path) -> Image.Image:
     return picture
 
 
+def picture_or_seed(word: str) -> Image.Image | int:
+    return int(word) if word.isdigit() else picture_of(Path(word))
+
+
 def sampled(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that all drawing verbs share, as the functions take them."""
     names = ("steps", "sampler", "guidance", "negative", "n", "seed")
@@ -186,9 +190,7 @@ def run_interpolate(options: argparse.Namespace) -> None:
     from pipelines.editing import interpolate
     from pipelines.sheets import contact_sheet
 
-    first, second = (
-        int(end) if end.isdigit() else picture_of(Path(end)) for end in (options.first, options.second)
-    )
+    first, second = picture_or_seed(options.first), picture_or_seed(options.second)
     model = opened(options)
     settings = {"count": options.count, "steps": options.steps, "guidance": options.guidance}
     images = interpolate(model, first, second, options.prompt, **settings)

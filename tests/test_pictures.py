@@ -196,7 +196,9 @@ def test_a_dead_worker_is_one_sentence() -> None:
         def __getitems__(self, items: list[int]) -> None:
             os._exit(9)
 
-    with pytest.raises(UserError, match=r"a process that prepares batches is gone .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"a process that prepares batches is gone .* run the same command again"
+    ):
         list(read(Deadly(), [[0]], 1))
 
 
