@@ -28,7 +28,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import explain
+from ldm.faults import accounted, explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
@@ -38,12 +38,12 @@ from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
-from ldm.validation import HeldOut, ValidationConfig, hold_out, losses, named
+from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
-from pipelines.quick import quick_figures
 from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
 from pipelines.stage_one import open_autoencoder
+from pipelines.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,9 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         rehearse(recipe, train)
     else:
-        train(recipe, Run(recipe.run, recipe))
+        run = Run(recipe.run, recipe)
+        with accounted(run):
+            train(recipe, run)
 
 
 def train(recipe: Recipe, run: Run) -> None:
@@ -338,7 +340,8 @@ def look(
         show(run, model, recipe.show, prompts)
     if held_out and run.due(recipe.validation.every):
         ema.gather()
-        validate(run, recipe, model, held_out, denoiser, trained)
+        guidance = recipe.show.guidance
+        validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
 
 
 def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]]) -> None:
@@ -347,25 +350,6 @@ def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, l
         n = 1 if told else config.count
         images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
         run.picture(contact_sheet(images, told.get("prompts")), "drawn")
-
-
-def validate(
-    run: Run,
-    recipe: Recipe,
-    model: LatentDiffusion,
-    held_out: HeldOut,
-    denoiser: Denoiser,
-    trained: dict[str, Any],
-) -> None:
-    """Log the loss on held-out pictures by noise level, of averaged and raw weights, and how near drawn ones come."""
-    config, factor = recipe.validation, model.autoencoder.config.factor
-    averaged = {"unet": model.unet, "conditioner": model.conditioner}
-    for weights, parts in (("ema", averaged), ("raw", averaged | trained)):
-        of_these = replace(denoiser, network=parts["unet"])
-        found = losses(run, held_out, of_these, parts["conditioner"], factor, config.bins)
-        run.remark(**named(held_out.split, weights, model.path, found))
-    if run.main:
-        run.remark(**quick_figures(model, held_out, steps=config.steps, guidance=recipe.show.guidance))
 
 
 if __name__ == "__main__":

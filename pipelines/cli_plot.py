@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.cli_draw import MODEL, picture_of, picture_or_seed
+from pipelines.cli_draw import MODEL
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -74,14 +74,14 @@ def plot_schedules(options: argparse.Namespace) -> None:
 
 def plot_noising(options: argparse.Namespace) -> None:
     from ldm.config import UserError
-    from pipelines.editing import upright
+    from pipelines.inputs import read_picture, upright
     from pipelines.plots import PATHS, noising
 
     if options.path not in PATHS:
         raise UserError(f"--path is {options.path!r}; choose one of {', '.join(PATHS)}.")
     if options.count < 2:
         raise UserError(f"--count is {options.count}, but must be at least 2.")
-    save(noising(PATHS[options.path], upright(picture_of(options.picture)), options.count), options.out)
+    save(noising(PATHS[options.path], upright(read_picture(options.picture)), options.count), options.out)
 
 
 def plot_curves(options: argparse.Namespace) -> None:
@@ -138,9 +138,11 @@ def plot_sheet(options: argparse.Namespace) -> None:
 
 
 def plot_between(options: argparse.Namespace) -> None:
+    from pipelines.inputs import read_picture
     from pipelines.plots import interpolation
 
-    first, second = picture_or_seed(options.first), picture_or_seed(options.second)
+    ends = (options.first, options.second)
+    first, second = (int(end) if end.isdecimal() else read_picture(Path(end), None) for end in ends)
     settings = {"count": options.count, "steps": options.steps}
     save(interpolation(opened(options), first, second, options.prompt, **settings), options.out)
 

@@ -22,7 +22,8 @@ from ldm.paths import EDM, VP, Flow, Level, Path, vp_betas
 from ldm.pictures import to_images, to_tensor
 from ldm.random import normal
 from ldm.samplers import SAMPLERS
-from pipelines.editing import interpolate, to_pixels
+from pipelines.inputs import to_pixels
+from pipelines.inversion import interpolate
 from pipelines.latent_diffusion import LatentDiffusion, noise_of
 from pipelines.sheets import contact_sheet
 
@@ -143,7 +144,7 @@ def interpolation(
 ) -> Image.Image:
     """Two ways between two pictures, or between what two seeds draw: through the noise, and straight.
 
-    Above, the great circle between their noises, each point drawn (`editing.interpolate`); below, the straight line
+    Above, the great circle between their noises, each point drawn (`inversion.interpolate`); below, the straight line
     between the latents of the two ends, decoded: what a way that leaves the data looks like.
     """
     above = interpolate(model, first, second, prompt, count=count, steps=steps, guidance=guidance)

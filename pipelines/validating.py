@@ -1,15 +1,49 @@
-"""A cheap figure of what is drawn, every so often while training: to follow one run, not to compare models."""
+"""What stage 2 is judged by while it trains: held-out loss, and a cheap figure of what is drawn.
+
+Both are there to follow one run; models are compared by `ldm evaluate`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ldm.denoiser import Denoiser
 from ldm.pictures import to_images
 from ldm.scenes_check import score
-from ldm.validation import BATCH, HeldOut
+from ldm.validation import BATCH, HeldOut, ValidationConfig, losses, named
 from pipelines.latent_diffusion import LatentDiffusion, noise_of
+
+
+def validate(
+    run: Any,
+    config: ValidationConfig,
+    guidance: float,
+    model: LatentDiffusion,
+    held_out: HeldOut,
+    denoiser: Denoiser,
+    trained: Mapping[str, Any],
+) -> None:
+    """Log the loss on held-out pictures by noise level, and how near drawn ones come. Called by all processes.
+
+    Args:
+        guidance: of the pictures that are drawn to be read.
+        model: with the averaged weights, up to date.
+        denoiser: of the training, for its path, prediction and weight.
+        trained: modules with the raw weights, "unet" and perhaps "conditioner".
+    """
+    averaged = {"unet": model.unet, "conditioner": model.conditioner}
+    for weights, parts in (("ema", averaged), ("raw", averaged | dict(trained))):
+        of_these, factor = replace(denoiser, network=parts["unet"]), model.autoencoder.config.factor
+        found = losses(run, held_out, of_these, parts["conditioner"], factor, config.bins)
+        run.remark(**named(held_out.split, weights, model.path, found))
+    if run.main:
+        run.remark(**quick_figures(model, held_out, steps=config.steps, guidance=guidance))
 
 
 @torch.no_grad()
