@@ -11,6 +11,7 @@ from ldm.config import command
 from pipelines import cli_doctor
 from pipelines.cli_draw import MODEL, add_draw, spoken
 from pipelines.cli_edit import add_edit
+from pipelines.cli_evaluate import add_evaluate
 from pipelines.cli_plot import add_plot
 from pipelines.cli_publish import add_publish
 
@@ -42,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     cli_doctor.add_doctor(verbs)
     add_publish(verbs)
     add_plot(verbs)
-
+    add_evaluate(verbs)
+    add_report(verbs)
     add_ema(verbs)
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
@@ -53,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
 
     return main
+
+
+def add_report(verbs: Any) -> None:
+    what = "a run on one page: recipe, curves, samples, reconstructions, metrics, timings"
+    page = verbs.add_parser("report", help=what, description=what)
+    page.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run of either stage")
+    page.add_argument("--out", type=Path, metavar="FILE.html", help="default RUN/report.html")
+    page.set_defaults(run=run_report)
 
 
 def add_ema(verbs: Any) -> None:
@@ -104,6 +114,12 @@ def run_recognise(options: argparse.Namespace) -> None:
     )
 
 
+def run_report(options: argparse.Namespace) -> None:
+    from pipelines.report import report
+
+    print(report(options.folder, options.out))
+
+
 def run_ema(options: argparse.Namespace) -> None:
     from pipelines.averaged import write_averaged
 
@@ -114,3 +130,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from pipelines.demo import demo
 
     demo(options.out)
+
+
+if __name__ == "__main__":
+    main()
