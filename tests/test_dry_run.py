@@ -55,8 +55,8 @@ def test_a_discriminator_is_tried_although_it_begins_later(
         return original(self, pixels, made, step)
 
     monkeypatch.setattr(Adversary, "discriminator_loss", counted)
-    gan = "--loss.gan.weight 0.1 --loss.gan.start 5 --loss.gan.head_start 1".split()
-    gan += "--loss.gan.layers 1 --loss.gan.channels 8".split()
+    gan = ["--loss.gan.weight", "0.1", "--loss.gan.start", "5", "--loss.gan.head_start", "1"]
+    gan += ["--loss.gan.layers", "1", "--loss.gan.channels", "8"]
     train_vae.main(arguments("vae", chain, tmp_path / "run") + gan)
     said = capsys.readouterr().out
     weights = sum(p.numel() for p in Discriminator(8, 1).parameters())
