@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ldm.config import UserError
+from pipelines.credentials import credentials_of, credentials_option
 from pipelines.safety import SafetyChecker, provenance
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def out_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--checker", metavar="NAME", help=help)
     help = "write them nevertheless, with what the checker said inside"
     reader.add_argument("--keep-flagged", action="store_true", help=help)
+    credentials_option(reader)
 
 
 def seeds(text: str) -> int | list[int]:
@@ -124,6 +126,7 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
 
     if options.keep_flagged and not options.checker:
         raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
+    credentials_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
     return LatentDiffusion.from_pretrained(options.model).to(best_device()), checker
@@ -265,14 +268,20 @@ def keep(
         print(f"{checker.name} flagged {sum(flagged)} of {len(images)} pictures; these are {then}")
         if not options.keep_flagged:
             written, shown = [not bad for bad in flagged], black
+    files = {}
     for i, image in enumerate(images):
         file = options.out / f"{i:04d}.png"
         if written[i]:
-            image.save(file, pnginfo=provenance(**notes[i]))
+            files[file] = image, notes[i]
         else:  # nor is one of an earlier call left in its place
             file.unlink(missing_ok=True)
     sheet = options.out / "sheet.png"
     shared = {key: value for key, value in notes[0].items() if all(note.get(key) == value for note in notes)}
     shared["made_by"] = f"{shared['made_by']}, as a sheet"
-    contact_sheet(shown, captions, columns=columns).save(sheet, pnginfo=provenance(**shared))
+    files[sheet] = contact_sheet(shown, captions, columns=columns), shared
+    signer = credentials_of(options)
+    for file, (image, about) in files.items():
+        image.save(file, pnginfo=provenance(**about))
+        if signer:
+            signer.sign(file)
     print(f"{sum(written)} pictures in {options.out}, all of them on {sheet}")
