@@ -62,7 +62,13 @@ def evaluation_options(reader: argparse.ArgumentParser, model: bool = True) -> N
     )
     reader.add_argument("--text", metavar="COLUMN", help="with captions")
     reader.add_argument("--label", metavar="COLUMN", help="with classes")
-    reader.add_argument("--n", type=int, help="pictures made; by default as many as are real, 10,000 at most")
+    reader.add_argument(
+        "--n",
+        "--count",  # launchers take --n for an abbreviation of their own options
+        dest="n",
+        type=int,
+        help="pictures made; by default as many as are real, 10,000 at most",
+    )
     reader.add_argument(
         "--size", type=int, help="side in pixels at which an autoencoder is measured (by default its own)"
     )

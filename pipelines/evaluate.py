@@ -85,9 +85,9 @@ class Bench:
         self.what, self.state = what, PartialState(cpu=best_device() == "cpu")
         device = self.state.device
         with self.state.main_process_first():  # who fetches weights, if they have to be
+            self.subject: Subject = open_subject(model, what.weights, device)
             self.extractors = [open_extractor(name, device) for name in what.extractors]
             self.clip = Clip(what.clip, device) if what.clip else None
-        self.subject: Subject = open_subject(model, what.weights, device)
         source, self.split = shown_source(what.data, what.split)
         self.source = sound(source)
         self.count = what.n or min(len(self.source), FEW)
