@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +155,13 @@ class HalfScan:
         return self.largest < HALF
 
 
-def scan_half(model: LatentDiffusion, request: Request) -> tuple[HalfScan, list[Image.Image]]:
+def scan_half(
+    model: LatentDiffusion, draw: Callable[[], list[Image.Image]]
+) -> tuple[HalfScan, list[Image.Image]]:
     """Draw in float32 and watch every module; also gives the pictures."""
     networks = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.conditioner}
     with largest_activations(**networks) as seen:
-        images = request.drawn_by(model, progress=True)
+        images = draw()
     for part, network in networks.items():
         for name, weight in network.named_parameters():
             top = float(weight.detach().abs().max())
