@@ -10,7 +10,7 @@ from ldm.config import UserError
 from pipelines.cli_draw import MODEL
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Evaluation
+    from pipelines.bench import Evaluation
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -104,7 +104,7 @@ def evaluation(options: argparse.Namespace) -> Evaluation:
     """What the options ask for."""
     from autoencoder.perceptual import PerceptualConfig
     from ldm.data import DataConfig
-    from pipelines.evaluate import Evaluation
+    from pipelines.bench import Evaluation
     from pipelines.generation import Drawing
     from pipelines.references import usual_cache
 

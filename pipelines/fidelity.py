@@ -8,14 +8,16 @@ et al. 2016, 10 splits), precision and recall (Kynkäänniemi et al. 2019, 3 nei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.config import UserError
 from pipelines.extractors import Seen, package
+from pipelines.latent_diffusion import best_device
 
 LEAST = 8
 """Pictures in a set, so that its halves have the four that precision and recall need"""
@@ -68,11 +70,15 @@ def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
     scatter: dict[str, list[float]] = {}
     rng = np.random.default_rng(seed)
     again = made.features.shape[1] <= LARGEST
-    for _ in range(HALVES):
+    for _ in tqdm(range(HALVES), desc="scatter of the figures", unit="half", leave=False):
         parts = [half(seen, rng) for seen in (made, real)]
         for name, value in measured(parts[0], parts[1], 10, frechet=again).items():
             scatter.setdefault(name, []).append(value)
-    return {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
+    figures = {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
+    for name in ("precision", "recall"):  # which are shares
+        low, high = figures[name].interval or (0.0, 1.0)
+        figures[name] = replace(figures[name], interval=(max(0.0, low), min(1.0, high)))
+    return figures
 
 
 def half(seen: Seen, rng: np.random.Generator) -> Seen:
@@ -107,7 +113,10 @@ def measured(made: Seen, real: Seen, subsets: int, *, frechet: bool) -> dict[str
     size = min(SUBSET, len(one), len(other))
     kernel = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, verbose=False)
     found["kid"] = kernel["kernel_inception_distance_mean"]
-    near = prc_features_to_metric(one, other, verbose=False)
+    device = best_device()
+    near = prc_features_to_metric(
+        made.features.to(device), real.features.to(device), save_cpu_ram=True, verbose=False
+    )
     found |= {"precision": near["precision"], "recall": near["recall"]}
     if made.logits is not None:
         score = isc_features_to_metric(made.logits, splits=min(SPLITS, len(one)))

@@ -10,8 +10,10 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from ldm.config import UserError
+from pipelines.bench import Evaluation
 from pipelines.compare import read_result
-from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluate import evaluate
+from pipelines.protocol import differing
 
 Setting = Literal["guidance", "steps", "sampler"]
 SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
@@ -38,8 +40,6 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
     Raises:
         UserError: the results differ in more than that setting, or hold no figure that is shown.
     """
-    from pipelines.protocol import differing
-
     results = [read_result(file) for file in files]
     for result, file in zip(results, files, strict=True):
         if unlike := differing(results[0]["protocol"], result["protocol"], [setting]):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
 
@@ -175,6 +176,20 @@ def test_an_autoencoder_is_measured_picture_by_picture(
     x = torch.stack([to_tensor(source.picture(i, SIDE)) for i in range(COUNT)])
     coder = open_subject(str(chain / "vae"), "averaged", torch.device("cpu")).model
     assert figures["psnr"] == pytest.approx(psnr(reconstructed(coder, x), x).mean().item(), rel=1e-4)
+
+
+def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1().state_dict(), tmp_path / "squeeze.safetensors")
+    words = [*asked, "--size", "32", "--n", "8", "--lpips", "squeeze", "--out", str(tmp_path / "vae.json")]
+    ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "squeeze.safetensors")])
+    content = json.loads((tmp_path / "vae.json").read_text())
+    assert content["figures"]["lpips"]["value"] > 0 and content["protocol"]["lpips"] == "squeeze"
+    assert not content["left_out"]
+    with pytest.raises(SystemExit):
+        ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "none.safetensors")])
 
 
 def test_sweep_plots_the_figures_against_the_setting(chain: Path, asked: list[str], tmp_path: Path) -> None:
