@@ -10,11 +10,12 @@ from accelerate import PartialState
 from PIL import Image
 
 from autoencoder.perceptual import PerceptualConfig
+from ldm.config import UserError
 from ldm.data import DataConfig, shown_source
 from ldm.inspection import sound
 from pipelines import protocol
 from pipelines.extractors import Extractor, open_extractor
-from pipelines.fidelity import FEW, SETTINGS, Figure
+from pipelines.fidelity import FEW, SETTINGS, Figure, require_enough
 from pipelines.generation import Drawing, Share, spread_out
 from pipelines.latent_diffusion import best_device
 from pipelines.references import usual_cache
@@ -30,13 +31,15 @@ class Evaluation:
     """What is measured, on what, and how."""
 
     data: DataConfig
-    """The real pictures; its size is of no account but for an autoencoder"""
+    """The real pictures"""
     split: str | None = None
     """Of the real pictures: by default the first of test, validation and training that there is"""
     training_split: str | None = "train"
     """Among whose pictures drawn ones are looked for; None: they are not"""
     n: int | None = None
     """Pictures drawn or given back; by default as many as are real, 10,000 at most"""
+    size: int | None = None
+    """Side in pixels at which an autoencoder is measured; by default that of its training"""
     extractors: tuple[str, ...] = ("inception",)
     """Whose features the sets are compared by (`pipelines.extractors`)"""
     clip: str | None = None
@@ -77,9 +80,15 @@ class Bench:
         source, self.split = shown_source(what.data, what.split)
         self.source = sound(source)
         self.count = what.n or min(len(self.source), FEW)
+        if self.extractors:
+            require_enough(self.count, len(self.source))
         self.indices = spread_out(self.count, len(self.source))
         self.share = Share(self.state, self.count, what.batch)
         self.stamps = {extractor.name: extractor.stamp() for extractor in self.extractors}
+        if len(self.stamps) < len(self.extractors):
+            raise UserError(
+                f"Two extractors have one name, {', '.join(self.stamps)}; leave one out or rename it."
+            )
 
     def named(self, name: str, extractor: Extractor) -> str:
         """A figure's name, which says the extractor where there are several."""

@@ -70,7 +70,9 @@ def evaluation_options(reader: argparse.ArgumentParser, model: bool = True) -> N
         help="pictures made; by default as many as are real, 10,000 at most",
     )
     reader.add_argument(
-        "--size", type=int, help="side in pixels at which an autoencoder is measured (by default its own)"
+        "--size",
+        type=int,
+        help="side in pixels at which an autoencoder is measured (default that of its training)",
     )
     reader.add_argument(
         "--extractor",
@@ -114,10 +116,11 @@ def evaluation(options: argparse.Namespace) -> Evaluation:
     if options.n is not None and options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
     return Evaluation(
-        data=DataConfig(path=options.data, size=options.size or 64, text=options.text, label=options.label),
+        data=DataConfig(path=options.data, text=options.text, label=options.label),
         split=options.split,
         training_split=None if options.training_split == "none" else options.training_split,
         n=options.n,
+        size=options.size,
         extractors=() if asked == ("none",) else asked,
         clip=options.clip,
         lpips=PerceptualConfig(network=options.lpips, weights=options.lpips_weights),
@@ -137,6 +140,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from pipelines.sweeps import plot, sweep
 
     kind = {"guidance": float, "steps": int, "sampler": str}[options.setting]
@@ -148,8 +153,9 @@ def run_sweep(options: argparse.Namespace) -> None:
         ) from None
     folder = options.out.with_suffix("")
     files = sweep(options.model, evaluation(options), options.setting, values, folder)
-    plot(files, options.setting).savefig(options.out, dpi=110)
-    print(options.out)
+    if PartialState().is_main_process:
+        plot(files, options.setting).savefig(options.out, dpi=110)
+        print(options.out)
 
 
 def run_compare(options: argparse.Namespace) -> None:

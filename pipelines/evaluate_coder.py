@@ -19,7 +19,7 @@ def of_reconstructions(bench: Bench) -> Result:
     """What an autoencoder gives back of real pictures, compared with them one by one, and as a set."""
     coder, share, state = bench.subject.model, bench.share, bench.state
     assert not isinstance(coder, LatentDiffusion)
-    side = bench.what.data.size
+    side = bench.what.size or coder.config.sample_size
     result = Result()
     lpips, reason = perceptual(bench.what.lpips, side, state.device)
     if reason:

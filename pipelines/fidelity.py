@@ -63,9 +63,7 @@ def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
     would put copies of a picture into a set, which neither kernel distance nor precision and recall survive. Halves
     give other means than the whole, so that the interval is their scatter around the value of the whole.
     """
-    fewest = min(len(made.features), len(real.features))
-    if fewest < LEAST:
-        raise UserError(f"There are {fewest} pictures in one of the sets, but at least {LEAST} are needed.")
+    require_enough(len(made.features), len(real.features))
     whole = measured(made, real, SUBSETS, frechet=True)
     scatter: dict[str, list[float]] = {}
     rng = np.random.default_rng(seed)
@@ -79,6 +77,14 @@ def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
         low, high = figures[name].interval or (0.0, 1.0)
         figures[name] = replace(figures[name], interval=(max(0.0, low), min(1.0, high)))
     return figures
+
+
+def require_enough(made: int, real: int) -> None:
+    """UserError if one of two sets is too small to be compared."""
+    if min(made, real) < LEAST:
+        raise UserError(
+            f"{made} pictures can't be compared with {real} real ones: at least {LEAST} of each are needed."
+        )
 
 
 def half(seen: Seen, rng: np.random.Generator) -> Seen:

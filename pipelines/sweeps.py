@@ -23,12 +23,14 @@ SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid"
 def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
     """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
 
-    What is there already is taken for done: remove it to have it measured again.
+    What is there already is taken for done, which is said.
     """
     files = []
     for value in values:
         file = folder / f"{setting}-{value}.json"
-        if not file.exists():
+        if file.exists():
+            print(f"{file} is there already; remove it to have it measured again")
+        else:
             evaluate(model, replace(what, drawing=replace(what.drawing, **{setting: value})), file)
         files.append(file)
     return files

@@ -298,6 +298,8 @@ def test_copies_are_nearer_than_held_out_pictures() -> None:
         (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "x"], "There is no extractor 'x'"),
         (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--extractor", "x"], "remove one"),
         (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--n", "0"], "--n is 0"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "{extractor}", "--n", "7"], "at least 8"),
+        (["evaluate", "{ldm}", "--data", "{data}", *(["--extractor", "{extractor}"] * 2)], "Two extractors"),
         (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--split", "dev"], "dev"),
         (["evaluate", "{ldm}/model", "--data", "{data}", "--extractor", "none", "--raw"], "no run folder"),
         (["evaluate", "{ldm}/model", "--data", "{data}", "--extractor", "none"], "--out FILE.json"),
@@ -319,9 +321,14 @@ def test_copies_are_nearer_than_held_out_pictures() -> None:
     ],
 )
 def test_bad_input_is_one_sentence(
-    words: list[str], message: str, chain: Path, pictures: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    chain: Path,
+    pictures: Path,
+    classifier: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        ldm([word.format(ldm=chain / "ldm", data=pictures) for word in words])
+        ldm([word.format(ldm=chain / "ldm", data=pictures, extractor=classifier) for word in words])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and message in said and "Traceback" not in said

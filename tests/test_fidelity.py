@@ -126,5 +126,5 @@ def test_the_mean_over_pictures_has_the_error_of_a_mean() -> None:
 
 
 def test_too_few_pictures_are_refused() -> None:
-    with pytest.raises(UserError, match="There are 7 pictures in one of the sets, but at least 8"):
+    with pytest.raises(UserError, match="7 pictures can't be compared with 20 real ones: at least 8"):
         of_sets(Seen(normal(7, 0), None), Seen(normal(20, 1), None))
