@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ldm.config import UserError
 from ldm.pictures import to_images
 from pipelines.bench import SHOWN, Bench, Result
 from pipelines.fidelity import of_pictures, of_sets
@@ -20,6 +21,10 @@ def of_reconstructions(bench: Bench) -> Result:
     coder, share, state = bench.subject.model, bench.share, bench.state
     assert not isinstance(coder, LatentDiffusion)
     side = bench.what.size or coder.config.sample_size
+    if bench.count > len(bench.source):
+        raise UserError(
+            f"--n is {bench.count:,}, but there are only {len(bench.source):,} pictures to give back."
+        )
     result = Result()
     lpips, reason = perceptual(bench.what.lpips, side, state.device)
     if reason:
@@ -38,19 +43,13 @@ def of_reconstructions(bench: Bench) -> Result:
     result.figures = {name: of_pictures(share.whole(own)) for name, own in zip(names, columns, strict=True)}
     if "ssim" not in names:
         result.left_out["ssim"] = f"SSIM needs 11 pixels, and the pictures have {side}"
-    for extractor in bench.extractors:
-        made = seen_of(pixels, extractor, share)
-        real = features_of(bench.source, (side, side), extractor, state, bench.what.cache)
-        if state.is_main_process:
-            found = of_sets(made, real)
-            name = "rfid" if extractor.name == "inception" else "rfd"
-            result.figures |= {
-                bench.named(name, extractor): found["frechet"],
-                bench.named("rkid", extractor): found["kid"],
-            }
+    looks = [
+        (seen_of(pixels, one, share), features_of(bench.source, (side, side), one, state, bench.what.cache))
+        for one in bench.extractors
+    ]
     shown = range(min(SHOWN, bench.count))
-    originals = [bench.source.picture(bench.indices[i], side) for i in shown]
     back = images_of(share.whole(pixels, shown))
+    originals = [bench.source.picture(bench.indices[i], side) for i in shown]
     result.pictures["reconstructions"] = side_by_side(originals, back, labels=("original", "given back"))
     more = {
         "latent": "mean of the posterior"
@@ -59,4 +58,10 @@ def of_reconstructions(bench: Bench) -> Result:
     }
     lpips_by = bench.what.lpips.network if lpips else None
     result.protocol = bench.protocol("reconstructed", (side, side), lpips=lpips_by, **more)
+    if state.is_main_process:
+        for extractor, (made, real) in zip(bench.extractors, looks, strict=True):
+            found = of_sets(made, real.rows(bench.indices), paired=True)
+            name = "rfid" if extractor.name == "inception" else "rfd"
+            result.figures[bench.named(name, extractor)] = found["frechet"]
+            result.figures[bench.named("rkid", extractor)] = found["kid"]
     return result

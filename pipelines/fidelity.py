@@ -55,13 +55,14 @@ class Figure:
         return {"value": self.value, "error": self.error, "interval": self.interval and list(self.interval)}
 
 
-def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
+def of_sets(made: Seen, real: Seen, *, paired: bool = False, seed: int = 0) -> dict[str, Figure]:
     """Made pictures against real ones: frechet, kid, precision, recall and, of a classifier, inception_score.
 
     How far a figure scatters is seen on random halves of both sets, drawn without replacement: of n/2 among n, the
     spread is that of n among infinitely many (the delete-d jackknife, Shao and Wu 1989). Drawing with replacement
     would put copies of a picture into a set, which neither kernel distance nor precision and recall survive. Halves
-    give other means than the whole, so that the interval is their scatter around the value of the whole.
+    give other means than the whole, so that the interval is their scatter around the value of the whole. Of pictures
+    that are `paired`, made from the real one in the same place, both are in a half or neither.
     """
     require_enough(len(made.features), len(real.features))
     whole = measured(made, real, SUBSETS, frechet=True)
@@ -69,7 +70,8 @@ def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
     rng = np.random.default_rng(seed)
     again = made.features.shape[1] <= LARGEST
     for _ in tqdm(range(HALVES), desc="scatter of the figures", unit="half", leave=False):
-        parts = [half(seen, rng) for seen in (made, real)]
+        rows = [rng.permutation(len(seen.features))[: len(seen.features) // 2] for seen in (made, real)]
+        parts = [made.rows(rows[0]), real.rows(rows[0] if paired else rows[1])]
         for name, value in measured(parts[0], parts[1], 10, frechet=again).items():
             scatter.setdefault(name, []).append(value)
     figures = {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
@@ -85,12 +87,6 @@ def require_enough(made: int, real: int) -> None:
         raise UserError(
             f"{made} pictures can't be compared with {real} real ones: at least {LEAST} of each are needed."
         )
-
-
-def half(seen: Seen, rng: np.random.Generator) -> Seen:
-    """What was seen of a random half of the pictures."""
-    rows = rng.permutation(len(seen.features))[: len(seen.features) // 2]
-    return Seen(seen.features[rows], None if seen.logits is None else seen.logits[rows])
 
 
 def scattered(value: float, again: Sequence[float]) -> Figure:

@@ -307,6 +307,7 @@ def test_copies_are_nearer_than_held_out_pictures() -> None:
             ["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--sampler", "x"],
             "sampler is 'x'",
         ),
+        (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--n", "21"], "only 20 pictures"),
         (["evaluate", "{data}", "--data", "{data}", "--extractor", "none"], "holds neither"),
         (
             ["sweep", "steps", "1.5", "--model", "{ldm}", "--data", "{data}", "--out", "x.png"],
@@ -329,6 +330,7 @@ def test_bad_input_is_one_sentence(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        ldm([word.format(ldm=chain / "ldm", data=pictures, extractor=classifier) for word in words])
+        places = {"ldm": chain / "ldm", "vae": chain / "vae", "data": pictures, "extractor": classifier}
+        ldm([word.format(**places) for word in words])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and message in said and "Traceback" not in said
