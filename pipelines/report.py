@@ -11,6 +11,7 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -62,13 +63,13 @@ def opening(page: Page, record: Record) -> None:
     if record.result:
         page.verdict(f"Finished after {record.step:,} steps.", "good")
     else:
-        page.verdict(f"Not finished: {record.step:,} of {steps:,} steps are known of.", "doubtful")
+        page.verdict(f"Under way, or stopped: {record.step:,} of {steps:,} steps so far.", "doubtful")
     facts = {"steps": f"{record.step:,} of {steps:,}", "samples seen": f"{record.step * batch(record):,}"}
     if "seconds" in record.result:
         facts["time"] = duration(record.result["seconds"])
     _, speeds = run_plots.speeds(record.lines, batch(record))
     if speeds:
-        facts["pictures a second"] = number(sorted(speeds)[len(speeds) // 2])
+        facts["pictures a second"] = f"{median(speeds):.3g}"
     facts |= {name.replace("_", " "): number(value) for name, value in newest(record).items()}
     page.facts(facts)
     for name, what in (
@@ -96,13 +97,15 @@ def samples(page: Page, record: Record) -> None:
     if not all(parts for _, parts in cut):  # saved by an older version
         whole(page, looks)
         return
-    prompts = [prompt for prompt, _ in cut[-1][1]]
-    for i, prompt in enumerate(prompts[:SHOWN_PROMPTS]):
+    step, newest_look = cut[-1]
+    page.subheading(f"At step {step:,}")
+    page.tiles([image for _, image in newest_look], [prompt for prompt, _ in newest_look])
+    for i, (prompt, _) in enumerate(newest_look[:SHOWN_PROMPTS]):
         page.subheading(prompt or f"picture {i + 1}")
         there = [(step, parts[i][1]) for step, parts in cut if i < len(parts)]
         page.tiles([image for _, image in there], [f"step {step:,}" for step, _ in there])
-    if len(prompts) > SHOWN_PROMPTS:
-        page.text(f"{len(prompts) - SHOWN_PROMPTS} more prompts are on the sheets in samples/.")
+    if len(newest_look) > SHOWN_PROMPTS:
+        page.text(f"How {len(newest_look) - SHOWN_PROMPTS} more came about is on the sheets in samples/.")
 
 
 def whole(page: Page, looks: Sequence[tuple[int, Image.Image]]) -> None:
@@ -178,7 +181,8 @@ def said_of(record: Record) -> str:
     """What a run of stage 1 has measured at its end, as a part of a sentence."""
     figures = {"psnr_db": "PSNR {} dB", "ssim": "SSIM {}", "lpips": "LPIPS {}"}
     told = [of.format(number(record.result[name])) for name, of in figures.items() if name in record.result]
-    return f": {', '.join(told)} on split {record.result.get('psnr_split', 'unknown')}" if told else ""
+    split = record.result.get("psnr_split")
+    return f": {', '.join(told)}" * bool(told) + f" on split {split}" * bool(split)
 
 
 def by_caption(sheet: Image.Image) -> dict[str, list[Image.Image]]:
@@ -206,20 +210,23 @@ def metrics(page: Page, record: Record) -> None:
 def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
     """Figures, the pictures that lie beside them, and the protocol."""
     rows = [
-        [name.replace("_", " "), number(figure["value"]), spread(figure), interval(figure)]
+        [name.replace("_", " "), number(figure["value"]) + spread(figure), interval(figure)]
         for name, figure in found["figures"].items()
     ]
-    rows += [[name.replace("_", " "), "-", reason, ""] for name, reason in found.get("left_out", {}).items()]
+    missing = [f"{name.replace('_', ' ')}: {reason}" for name, reason in found.get("left_out", {}).items()]
     protocol = "\n".join(f"{name}: {value}" for name, value in flat(found["protocol"]).items())
     pictures = {name: Image.open(folder / file) for name, file in found.get("pictures", {}).items()}
-    page.table(["figure", "value", "standard error", "95 % interval"], rows)
+    page.table(["figure", "value ± standard error", "95 % interval"], rows)
+    if missing:
+        page.text("Not measured:")
+        page.list(missing)
     page.details("How this was measured", protocol)
     for name, picture in pictures.items():
         page.picture(picture.convert("RGB"), name.replace("_", " "))
 
 
 def spread(figure: Mapping[str, Any]) -> str:
-    return "" if figure.get("error") is None else f"± {number(figure['error'])}"
+    return "" if figure.get("error") is None else f" ± {figure['error']:.2g}"
 
 
 def interval(figure: Mapping[str, Any]) -> str:
@@ -234,10 +241,10 @@ def timings(page: Page, record: Record) -> None:
         rows.append(["from the start to the result, all starts together", duration(record.result["seconds"])])
     _, speeds = run_plots.speeds(record.lines, batch(record))
     if speeds:
-        rows.append(["pictures a second, median", number(sorted(speeds)[len(speeds) // 2])])
-        rows.append(["slowest, fastest interval", f"{number(min(speeds))}, {number(max(speeds))}"])
+        rows.append(["pictures a second, median", f"{median(speeds):.3g}"])
+        rows.append(["slowest, fastest interval", f"{min(speeds):.3g}, {max(speeds):.3g}"])
     rows.append(["starts", f"{len(record.starts):,}" if record.starts else "not recorded"])
-    page.table(["", ""], rows)
+    page.table([], rows)
 
 
 RECIPE = {
