@@ -121,8 +121,8 @@ def curves(page: Page, record: Record) -> None:
     page.plots(list(panels(record)))
     if run_plots.by_level(record.lines):
         page.text(
-            "Held-out losses are of the same pictures with the same noise at every look. ln SNR is the logarithm of "
-            "signal over noise power: high is nearly clean, low is nearly noise."
+            "Losses by noise level are of the same pictures with the same noise at every look. ln SNR is the logarithm "
+            "of signal over noise power: high is nearly clean, low is nearly noise."
         )
     elif record.latent:
         page.text("No loss by noise level was measured (validation.every).")
