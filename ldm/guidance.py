@@ -106,7 +106,7 @@ def guided(
     check(scale, interval, rescale, projection)
     if weak and (weak.path, weak.prediction) != (denoiser.path, denoiser.prediction):
         raise ValueError("weak has another path or prediction than the model that it should guide")
-    told = any(part is not None for part in cond)
+    told = any(part is not None for part in cond.words)
     if scale != 1 and told and null is None and weak is None:
         raise ValueError(f"guidance scale is {scale}, but null is None; pass the condition to move away from")
     plain = scale == 1 or (weak is None and not told)

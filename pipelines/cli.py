@@ -11,6 +11,7 @@ from ldm.config import command
 from pipelines import cli_doctor, publish
 from pipelines.cli_draw import MODEL, add_draw
 from pipelines.cli_plot import add_plot
+from pipelines.cli_tasks import add_tasks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     add_draw(verbs)
+    add_tasks(verbs)
     name = verbs.add_parser(
         "recognise", help="how many drawn pictures a classifier of the real ones names rightly"
     )

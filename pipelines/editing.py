@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
@@ -88,6 +89,13 @@ def inpaint(
         ValueError: as `image_to_image`; a mask of another size, or without a hole.
     """
     require_int("resample", resample, 1, 100)
+    if model.task:
+        from pipelines import tasks
+
+        if resample != 1:
+            raise ValueError(f"resample is {resample}, which a model trained to fill holes does without")
+        how: Any = {"sampler": sampler, "guidance": guidance, "negative": negative, "n": n, "seed": seed}
+        return tasks.inpaint(model, picture, mask, prompts, soft=soft, steps=steps, **how)
     hole = to_mask(mask, picture, soft)
     read, count = reading(model, prompts, n)
     pixels = to_pixels(model, picture).expand(count, -1, -1, -1)
