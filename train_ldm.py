@@ -27,7 +27,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import explain
+from ldm.faults import accounted, explain
 from ldm.inspection import inspected
 from ldm.masks import Masks, with_classes
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
@@ -112,7 +112,9 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         rehearse(recipe, train)
     else:
-        train(recipe, Run(recipe.run, recipe))
+        run = Run(recipe.run, recipe)
+        with accounted(run):
+            train(recipe, run)
 
 
 def train(recipe: Recipe, run: Run) -> None:

@@ -6,14 +6,17 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL, opened, picture_of
+from pipelines.cli_draw import MODEL
 from pipelines.safety import provenance
+
+if TYPE_CHECKING:
+    from pipelines.latent_diffusion import LatentDiffusion
 
 
 def add_tasks(verbs: Any) -> None:
@@ -73,8 +76,18 @@ def task_options(reader: argparse.ArgumentParser, run: Any, samples: int, steps:
     reader.set_defaults(run=run)
 
 
+def opened(options: argparse.Namespace) -> LatentDiffusion:
+    """The model, on the best device; the folder for the results is made first, so that no work is lost."""
+    from pipelines.latent_diffusion import LatentDiffusion, best_device
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    return LatentDiffusion.from_pretrained(options.model).to(best_device())
+
+
 def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
     """The pictures, and where in the folder for results what is made of each belongs, without an end to its name."""
+    from pipelines.inputs import read_picture
+
     names = [picture.stem for picture in options.pictures]
     for name in names:
         if names.count(name) > 1:
@@ -82,7 +95,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
-        yield picture_of(file), options.out / file.stem
+        yield read_picture(file), options.out / file.stem
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from ldm.checks import require_int
 from ldm.degradations import noise_level
 from ldm.guidance import guided
 from ldm.masks import named, palette
-from ldm.paths import Grid, Level
+from ldm.paths import Grid, Level, Spacing
 from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Denoise
 from ldm.tasks import Given, Inpaint, Restore, Segment, Task, Upscale, noised
-from pipelines.editing import reading, to_mask, upright
-from pipelines.latent_diffusion import LatentDiffusion, noise_of
+from pipelines.inputs import softened, to_mask, upright
+from pipelines.latent_diffusion import LatentDiffusion, noise_of, seeds_of
 
 Prompts = str | Sequence[str] | None
 
@@ -45,6 +45,7 @@ def made(
     *,
     steps: int = 30,
     sampler: str | None = None,
+    spacing: Spacing | None = None,
     guidance: float = 1.0,
     negative: str = "",
     tile: int | None = None,
@@ -60,7 +61,7 @@ def made(
     given = {name: value.to(model.device) for name, value in given.items()}
     shape = model.latent_shape(size_of(model.task, given))
     noise = noise_of(seeds, shape, model.device)
-    sample, grid, start = model.sampler_for(sampler, steps, shape)
+    sample, grid, start = model.sampler_for(sampler, steps, shape, spacing)
     x = noise(-1) * start
     image = model.image(given, lambda: noise(-2))
 
@@ -127,33 +128,38 @@ def inpaint(
     mask: Image.Image,
     prompts: Prompts = None,
     *,
+    classes: Prompts = None,
     soft: int = 0,
     steps: int = 30,
     sampler: str | None = None,
+    spacing: Spacing | None = None,
     guidance: float = 4.0,
     negative: str = "",
     n: int = 1,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
 ) -> list[Image.Image]:
     """What `editing.inpaint` does, by a model that was trained for it: it is told the hole and what surrounds it.
 
     With hard edges, the result in the hole is that of stock `StableDiffusionInpaintPipeline` for the same seed.
     """
     require_task(model, Inpaint)
-    hole = to_mask(mask, picture, soft)[0]
-    read, count = reading(model, prompts, n)
+    require_int("n", n, 1, 2**31)
+    read = model.read(prompts, n, classes)
+    count = len(next(iter(read.values()))) if read else n
+    hole = to_mask(mask, picture)
+    edge = softened(hole, soft)[0]
     whole = to_tensor(upright(picture))
     factor = model.autoencoder.config.factor
-    one = {"picture": padded(whole, factor), "mask": padded((hole > 0).float(), factor)}
+    one = {"picture": padded(whole, factor), "mask": padded((edge > 0).float(), factor)}
     settings: dict[str, Any] = {
         "steps": steps,
         "sampler": sampler,
         "guidance": guidance,
         "negative": negative,
     }
-    pixels = made(model, times(one, count), read, range(seed, seed + count), **settings)
+    pixels = made(model, times(one, count), read, seeds_of(seed, count), **settings)
     pixels = pixels[:, :, : whole.shape[1], : whole.shape[2]].cpu().clamp(-1, 1)
-    return to_images(pixels * hole + whole * (1 - hole))
+    return to_images(pixels * edge + whole * (1 - edge))
 
 
 @torch.no_grad()
