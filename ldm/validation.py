@@ -6,10 +6,10 @@ differ only because the weights do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ldm.denoiser import Denoiser
 from ldm.inspection import inspected
 from ldm.paths import Path
 from ldm.pictures import to_tensor
+from ldm.tasks import Task, spoiled
+
+Made: TypeAlias = Callable[[Source], tuple[Task | None, Any]]
 
 SEED = 0
 """Not the run's: runs of different seeds are measured alike"""
@@ -64,13 +67,20 @@ class HeldOut:
     """[N,C,h,w] latents"""
     batch: dict[str, Tensor]
     """What a conditioner reads, [N,...] each"""
+    image: Tensor | None = None
+    """[N,C',h,w] what a task that begins with a picture is given"""
     scenes: tuple[str, ...] = ()
     """The captions, if the pictures are drawn scenes"""
 
 
 @torch.no_grad()
 def hold_out(
-    config: ValidationConfig, data: DataConfig, trained: Source, model: Any, run: Any
+    config: ValidationConfig,
+    data: DataConfig,
+    trained: Source,
+    model: Any,
+    run: Any,
+    made: Made | None = None,
 ) -> HeldOut | None:
     """`config.count` pictures evenly spread over the split, in squares; None if they are never looked at.
 
@@ -79,6 +89,7 @@ def hold_out(
     Args:
         trained: what is trained on, which is measured if there is nothing else.
         model: encodes pixels, and has the conditioner (`pipelines.LatentDiffusion`).
+        made: for a model that begins with a picture, gives its task, and what is to be made of a source.
 
     Raises:
         UserError: `config.split` is not there, or lacks the captions or classes that the model is told.
@@ -100,17 +111,23 @@ def hold_out(
     seen = ", which is trained on: the figures can't show what is only remembered"
     run.say(f"validation on {count} pictures of split {split}{seen * (split == data.split)}")
 
-    encoded = []
+    task, wanted = made(source) if made else (None, source)
+    side = data.size // model.autoencoder.config.factor
+    shape = (model.autoencoder.config.latent_channels, side, side)
+    encoded, given = [], []
     for rows in torch.arange(count).split(BATCH):
-        pixels = torch.stack([to_tensor(source.picture(chosen[i], data.size)) for i in rows.tolist()])
-        side = data.size // model.autoencoder.config.factor
-        shape = (model.autoencoder.config.latent_channels, side, side)
-        noise = random.normal(SEED, "validation posterior", rows, shape)
-        encoded.append(model.encode(pixels.to(run.device), noise.to(run.device)))
-    scenes = [source.texts[i] for i in chosen] if isinstance(source, SceneSource) and source.texts else []
+        pixels = torch.stack([to_tensor(wanted.picture(chosen[i], data.size)) for i in rows.tolist()])
+        noise = random.normal(SEED, "validation posterior", rows, shape).to(run.device)
+        encoded.append(model.encode(pixels.to(run.device), noise))
+        if task:
+            pictures = [source.picture(chosen[i], data.size) for i in rows.tolist()]
+            shown = spoiled(task, pictures, SEED, rows.tolist())
+            given.append(model.image({k: v.to(run.device) for k, v in shown.items()}, lambda n=noise: n))
+    drawn = isinstance(source, SceneSource) and source.texts and not task
+    scenes = tuple(source.texts[i] for i in chosen) if drawn and source.texts else ()
     batch = read(source, chosen, model.conditioner)
     on_device = {name: value.to(run.device) for name, value in batch.items()}
-    return HeldOut(split, torch.cat(encoded), on_device, tuple(scenes))
+    return HeldOut(split, torch.cat(encoded), on_device, torch.cat(given) if task else None, scenes)
 
 
 def told(source: Source, conditioner: nn.Module) -> list[int]:
@@ -157,6 +174,7 @@ def losses(
     found = torch.zeros(bins, n, device=run.device)
     with in_eval_mode(denoiser.network, conditioner), run.accelerator.autocast():
         cond = conditioner(held_out.batch).sized(*(side * factor for side in shape[1:]))
+        cond = cond._replace(image=held_out.image)
         for turn in range(rank, turns * ranks, ranks):
             level, rows = batches[turn % len(batches)]
             here = rows.to(run.device)
