@@ -11,7 +11,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from pipelines.gate import Copies, Proof
+from pipelines.gate import Proof
+from pipelines.memorisation import Copies
 
 TAGS = {
     "text": "text-to-image",

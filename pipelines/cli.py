@@ -11,6 +11,7 @@ from ldm.config import command
 from pipelines import cli_doctor
 from pipelines.cli_draw import MODEL, add_draw, spoken
 from pipelines.cli_edit import add_edit
+from pipelines.cli_evaluate import add_evaluate
 from pipelines.cli_plot import add_plot
 from pipelines.cli_publish import add_publish
 
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     cli_doctor.add_doctor(verbs)
     add_publish(verbs)
     add_plot(verbs)
+    add_evaluate(verbs)
     add_report(verbs)
     add_ema(verbs)
     demo = verbs.add_parser(
@@ -128,3 +130,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from pipelines.demo import demo
 
     demo(options.out)
+
+
+if __name__ == "__main__":
+    main()

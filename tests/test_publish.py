@@ -18,6 +18,7 @@ from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion, gate
 from pipelines.cli import main as ldm
+from pipelines.memorisation import find_copies
 from pipelines.publish import Publication, publish
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
@@ -157,13 +158,11 @@ for i, image in enumerate(images):
 
 
 @pytest.mark.parametrize("kind", ["class", "none"])
-def test_models_without_captions_open_in_stock_diffusers(chain: Path, tmp_path: Path, kind: str) -> None:
-    for name, colour in (("plum", (90, 20, 90)), ("lime", (60, 200, 40))):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (20 + i, 18), colour).save(tmp_path / "data" / name / f"{i}.png")
+def test_models_without_captions_open_in_stock_diffusers(
+    chain: Path, fruit: Path, tmp_path: Path, kind: str
+) -> None:
     train_ldm.main(
-        f"--config {TOY}/ldm-plain.yaml --conditioning.kind {kind} --data.path {tmp_path}/data "
+        f"--config {TOY}/ldm-plain.yaml --conditioning.kind {kind} --data.path {fruit} "
         f"--autoencoder {chain}/vae --run.out {tmp_path}/run".split()
     )
     folder = tmp_path / "release"
@@ -204,7 +203,7 @@ def test_a_copy_of_a_training_picture_is_found_and_a_new_one_is_not() -> None:
     source = open_source(DataConfig(size=32))
     copy = source.picture(5, 32).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-    found = gate.find_copies([copy, noise], source)
+    found = find_copies([copy, noise], source)
     assert (found.count, found.total, found.nearest[0]) == (1, 2, 5)
 
 
