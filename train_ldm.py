@@ -39,10 +39,12 @@ from ldm.tasks import Inpaint, Pairs, Restore, Segment, Task, TaskName, Upscale,
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
+from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
-from pipelines.showing import ShowConfig, show, things_to_show
+from pipelines.showing import ShowConfig, Shown, show, things_to_show
 from pipelines.stage_one import open_autoencoder
+from pipelines.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,7 @@ class Recipe:
     ema_every: int = 0
     """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     workers: int = 1
     """Processes that read pictures beside training, for tasks that begin with one; 0: the training itself"""
 
@@ -137,6 +140,7 @@ def train(recipe: Recipe, run: Run) -> None:
     profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner, task)
     shown = things_to_show(model, recipe.show, source, wanted)
+    held_out = hold_out(recipe.validation, recipe.data, source, model, run)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
@@ -145,8 +149,7 @@ def train(recipe: Recipe, run: Run) -> None:
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        ema.gather()
-        show(run, model, recipe.show, shown)
+        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
         run.save()
 
     order = epochs(source, recipe.data, recipe.run.batch_size)
@@ -167,9 +170,7 @@ def train(recipe: Recipe, run: Run) -> None:
                     average.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        if run.due(recipe.show.every):
-            ema.gather()
-            show(run, model, recipe.show, shown)
+        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -329,6 +330,26 @@ def conditioner_for(config: ConditioningConfig, run: Run, source: Source) -> Con
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def look(
+    run: Run,
+    recipe: Recipe,
+    model: LatentDiffusion,
+    shown: Shown,
+    held_out: HeldOut | None,
+    denoiser: Denoiser,
+    ema: EMA,
+    trained: dict[str, Any],
+) -> None:
+    """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
+    if run.due(recipe.show.every):
+        ema.gather()
+        show(run, model, recipe.show, shown)
+    if held_out and run.due(recipe.validation.every):
+        ema.gather()
+        guidance = recipe.show.guidance
+        validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ IMMATERIAL = (
     "run.gradient_checkpointing",
     "run.compile",
     "show",
+    "validation",
     "readiness",
     "workers",
     "autoencoder",
