@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,9 +41,8 @@ from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
 from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
-from pipelines.examples import Examples
 from pipelines.schedulers import scheduler_config
-from pipelines.showing import ShowConfig, show, things_to_show
+from pipelines.showing import ShowConfig, Shown, show, things_to_show
 from pipelines.stage_one import open_autoencoder
 from pipelines.validating import validate
 
@@ -142,7 +140,7 @@ def train(recipe: Recipe, run: Run) -> None:
     profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner, task)
     shown = things_to_show(model, recipe.show, source, wanted)
-    held_out = hold_out(recipe.validation, recipe.data, source, model, run, partial(task_and_wanted, recipe))
+    held_out = hold_out(recipe.validation, recipe.data, source, model, run)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
@@ -338,7 +336,7 @@ def look(
     run: Run,
     recipe: Recipe,
     model: LatentDiffusion,
-    shown: dict[str, list[str]] | Examples,
+    shown: Shown,
     held_out: HeldOut | None,
     denoiser: Denoiser,
     ema: EMA,

@@ -251,10 +251,10 @@ def from_json(said: Any) -> Task:
     """The inverse of `to_json`; ValueError for anything else."""
     settings: dict[str, Any] = dict(said) if isinstance(said, dict) else {}
     settings.pop("colors", None)  # follow from the classes; they are for other tools
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     kind = TASKS.get(str(settings.pop("kind", None)))
     if kind is None:
         raise ValueError(f"the task {said!r} is not supported; there are {', '.join(TASKS)}")
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
     try:
         return kind(**settings)
     except (TypeError, IndexError) as problem:  # other names, or other types than they are compared with

@@ -6,10 +6,10 @@ differ only because the weights do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,10 @@ from ldm.config import UserError
 from ldm.data import DataConfig, SceneSource, Source, shown_source
 from ldm.denoiser import Denoiser
 from ldm.inspection import inspected
+from ldm.masks import Masks
 from ldm.paths import Path
 from ldm.pictures import to_tensor
-from ldm.tasks import Task, spoiled
-
-Made: TypeAlias = Callable[[Source], tuple[Task | None, Any]]
+from ldm.tasks import Segment, spoiled
 
 SEED = 0
 """Not the run's: runs of different seeds are measured alike"""
@@ -67,20 +66,15 @@ class HeldOut:
     """[N,C,h,w] latents"""
     batch: dict[str, Tensor]
     """What a conditioner reads, [N,...] each"""
-    image: Tensor | None = None
-    """[N,C',h,w] what a task that begins with a picture is given"""
     scenes: tuple[str, ...] = ()
-    """The captions, if the pictures are drawn scenes"""
+    """The captions, if drawn scenes are drawn"""
+    image: Tensor | None = None
+    """[N,C',h,w] what the model's task is given of the pictures"""
 
 
 @torch.no_grad()
 def hold_out(
-    config: ValidationConfig,
-    data: DataConfig,
-    trained: Source,
-    model: Any,
-    run: Any,
-    made: Made | None = None,
+    config: ValidationConfig, data: DataConfig, trained: Source, model: Any, run: Any
 ) -> HeldOut | None:
     """`config.count` pictures evenly spread over the split, in squares; None if they are never looked at.
 
@@ -89,7 +83,6 @@ def hold_out(
     Args:
         trained: what is trained on, which is measured if there is nothing else.
         model: encodes pixels, and has the conditioner (`pipelines.LatentDiffusion`).
-        made: for a model that begins with a picture, gives its task, and what is to be made of a source.
 
     Raises:
         UserError: `config.split` is not there, or lacks the captions or classes that the model is told.
@@ -108,26 +101,28 @@ def hold_out(
         usable = told(source, model.conditioner)
     count = min(config.count, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
-    seen = ", which is trained on: the figures can't show what is only remembered"
-    run.say(f"validation on {count} pictures of split {split}{seen * (split == data.split)}")
+    same = ", which is trained on: the figures can't show what is only remembered"
+    run.say(f"validation on {count} pictures of split {split}{same * (split == data.split)}")
 
-    task, wanted = made(source) if made else (None, source)
-    side = data.size // model.autoencoder.config.factor
-    shape = (model.autoencoder.config.latent_channels, side, side)
-    encoded, given = [], []
+    task = model.task
+    wanted: Any = Masks(source, task) if isinstance(task, Segment) else source
+    encoded, images = [], []
     for rows in torch.arange(count).split(BATCH):
         pixels = torch.stack([to_tensor(wanted.picture(chosen[i], data.size)) for i in rows.tolist()])
-        noise = random.normal(SEED, "validation posterior", rows, shape).to(run.device)
-        encoded.append(model.encode(pixels.to(run.device), noise))
+        side = data.size // model.autoencoder.config.factor
+        shape = (model.autoencoder.config.latent_channels, side, side)
+        noise = random.normal(SEED, "validation posterior", rows, shape)
+        encoded.append(model.encode(pixels.to(run.device), noise.to(run.device)))
         if task:
-            pictures = [source.picture(chosen[i], data.size) for i in rows.tolist()]
-            shown = spoiled(task, pictures, SEED, rows.tolist())
-            given.append(model.image({k: v.to(run.device) for k, v in shown.items()}, lambda n=noise: n))
-    drawn = isinstance(source, SceneSource) and source.texts and not task
-    scenes = tuple(source.texts[i] for i in chosen) if drawn and source.texts else ()
+            seen = [source.picture(chosen[i], data.size) for i in rows.tolist()]
+            given = {k: v.to(run.device) for k, v in spoiled(task, seen, SEED, rows.tolist()).items()}
+            images.append(model.image(given, lambda noise=noise: noise.to(run.device)))
+    drawn = isinstance(source, SceneSource) and source.texts and task is None
+    scenes = [source.texts[i] for i in chosen] if drawn and source.texts else []
     batch = read(source, chosen, model.conditioner)
     on_device = {name: value.to(run.device) for name, value in batch.items()}
-    return HeldOut(split, torch.cat(encoded), on_device, torch.cat(given) if task else None, scenes)
+    image = torch.cat(images) if images else None
+    return HeldOut(split, torch.cat(encoded), on_device, tuple(scenes), image)
 
 
 def told(source: Source, conditioner: nn.Module) -> list[int]:

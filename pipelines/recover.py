@@ -1,4 +1,4 @@
-"""`ldm recover`: pictures of a set are spoiled as in training, made good by a model, and compared with the truth."""
+"""`ldm recover`: pictures of a set are spoiled, made good by a model, and compared with the truth."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ class Trial:
 
     def task(self, trained: Task | None) -> Task:
         """What pictures are spoiled by, for a model that was trained for a task; UserError if nothing says how."""
+        if isinstance(trained, Upscale):
+            trained = replace(trained, noise=0.0)  # of which there is none in a small picture
         if isinstance(trained, Segment):
             trained = replace(trained, masks=self.masks)
         chosen = {name: getattr(self, name) for name in ("blur", "noise", "jpeg")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ldm.conditioning import labels_of, text_of
 from ldm.data import Source
@@ -12,6 +12,9 @@ from ldm.training import Run
 from pipelines.examples import Examples
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.sheets import contact_sheet
+
+Shown: TypeAlias = dict[str, list[str]] | Examples
+"""Arguments of a model, or pictures for a task that begins with one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +45,7 @@ class ShowConfig:
             raise ValueError(f"show.guidance is {self.guidance}, but must be finite")
 
 
-def things_to_show(
-    model: LatentDiffusion, config: ShowConfig, source: Source, wanted: Any
-) -> dict[str, list[str]] | Examples:
+def things_to_show(model: LatentDiffusion, config: ShowConfig, source: Source, wanted: Any) -> Shown:
     """Prompts, or pictures for a task that begins with one; ValueError where prompts are given for one that does."""
     if model.task is None:
         return prompts_to_show(model, config, source)
@@ -72,7 +73,7 @@ def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) 
     return told
 
 
-def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]] | Examples) -> None:
+def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: Shown) -> None:
     """Draw the fixed prompts, or make what is wanted of the fixed pictures, with the averaged weights."""
     if not run.main:
         return
