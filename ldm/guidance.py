@@ -110,6 +110,7 @@ def guided(
     if scale != 1 and told and null is None and weak is None:
         raise ValueError(f"guidance scale is {scale}, but null is None; pass the condition to move away from")
     plain = scale == 1 or (weak is None and not told)
+    both = None if plain or weak or null is None else Cond.cat(null, cond)
     before: Tensor | None = None
 
     def denoise(x: Tensor, level: Level) -> Tensor:
@@ -120,8 +121,8 @@ def guided(
         if weak:
             to, away = denoiser.output(x, level, cond), weak.output(x, level, cond if null is None else null)
         else:
-            assert null is not None
-            away, to = denoiser.output(torch.cat([x, x]), level, Cond.cat(null, cond)).chunk(2)
+            assert both is not None
+            away, to = denoiser.output(torch.cat([x, x]), level, both).chunk(2)
         if projection:
             estimates = denoiser.to_x0(x, to, level), denoiser.to_x0(x, away, level)
             x0, before = projection(*estimates, scale, before)
