@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from autoencoder import fast as autoencoder_fast
-from autoencoder.kl import AutoencoderKL
+from autoencoder.kl import AutoencoderKL, Posterior
 from ldm import fast
 from ldm.conditioning import Cond
 from ldm.denoiser import Network
 from ldm.unet import UNet
 
 Precision = Literal["f32", "bf16"]
-DTYPES: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
 def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True) -> Network:
@@ -56,6 +56,20 @@ def to_decode(
             return autoencoder.decode(z).float()
 
     return decode
+
+
+def to_encode(
+    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True
+) -> Callable[[Tensor], Posterior]:
+    """What to call in place of the autoencoder's `encode`, likewise."""
+    if prepare and device_of(autoencoder) == "cpu":
+        return autoencoder_fast.Prepared(autoencoder, DTYPES[precision]).encode
+
+    def encode(x: Tensor) -> Posterior:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
+
+    return encode
 
 
 def device_of(module: torch.nn.Module) -> str:

@@ -16,13 +16,14 @@ Shapes: B batch, C channels, H x W latent pixels, N = H*W, L prompt tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv, Doubling, Linear, Norm, Residual, maps, rows
-from ldm.blocks import Attention, Block, Transformer, TransformerBlock
+from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
 
@@ -168,7 +169,7 @@ class Attending:
         self.norm1, self.norm2, self.norm3 = (LayerNorm(norm, dtype) for norm in norms)
         self.first = ToPixels(block.attn1, dtype)
         self.second = (ToPrompt if reads else ToPixels)(block.attn2, dtype)
-        expand, _, contract = block.ff.net
+        expand, _, contract = cast(tuple[GEGLU, nn.Module, nn.Linear], tuple(block.ff.net))
         weights, biases = expand.proj.weight.chunk(2), expand.proj.bias.chunk(2)
         self.value, self.gate = (Linear(w, b, dtype) for w, b in zip(weights, biases, strict=True))
         self.contract = Linear.of(contract, dtype)
