@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import ResnetBlock
+from autoencoder.layers import ResnetBlock, folded, unfolded
 
 ONEDNN: Any = torch.ops.mkldnn
 
@@ -93,32 +93,18 @@ class Conv:
 
 
 class Doubling:
-    """Twice the resolution by repeating pixels, then a 3x3 convolution: 4/9 of the products.
-
-    What an even row of the large map sees through three weights are only two rows of the small one, i - 1 and twice i,
-    and an odd row sees twice i and i + 1: four convolutions of 2x2, one for each combination, done as one.
-    """
+    """Twice the resolution by repeating pixels, then a 3x3 convolution, as `layers.folded` has it."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        seen = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # parity, row of 2, row of 3
-        weight = torch.einsum("pak,qbl,oikl->pqoiab", seen, seen, layer.weight.detach())
-        self.channels = layer.out_channels
-        four = nn.Conv2d(layer.in_channels, 4 * self.channels, 2, padding=1, device="meta")
-        four.weight = nn.Parameter(weight.flatten(0, 2), requires_grad=False)
-        assert layer.bias is not None
-        four.bias = nn.Parameter(layer.bias.detach().repeat(4), requires_grad=False)
+        with torch.no_grad():
+            weight, bias = folded(layer)
+        four = nn.Conv2d(layer.in_channels, len(bias), 2, padding=1, device="meta")
+        four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
         self.conv = Conv(four, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B,in,H,W] => [B,out,2H,2W]."""
-        count, _, height, width = x.shape
-        parts = self.conv(x).unflatten(1, (2, 2, self.channels))  # [B,2,2,out,H+1,W+1]
-        shape = (count, self.channels, 2 * height, 2 * width)
-        out = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        for p in (0, 1):
-            for q in (0, 1):
-                out[:, :, p::2, q::2] = parts[:, p, q, :, p : p + height, q : q + width]
-        return out
+        return unfolded(self.conv(x))
 
 
 class Norm:
