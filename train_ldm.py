@@ -28,7 +28,7 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import explain
+from ldm.faults import accounted, explain
 from ldm.inspection import inspected
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
@@ -123,7 +123,9 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         rehearse(recipe, train)
     else:
-        train(recipe, Run(recipe.run, recipe))
+        run = Run(recipe.run, recipe)
+        with accounted(run):
+            train(recipe, run)
 
 
 def train(recipe: Recipe, run: Run) -> None:

@@ -35,7 +35,7 @@ from ldm.contract import Contract
 from ldm.data import Source, open_source, shown_source
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import explain
+from ldm.faults import accounted, explain
 from ldm.inspection import inspected
 from ldm.optim import as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         rehearse(recipe, lambda recipe, run: train(hurried(recipe), run))
     else:
-        train(recipe, Run(recipe.run, recipe))
+        run = Run(recipe.run, recipe)
+        with accounted(run):
+            train(recipe, run)
 
 
 def train(recipe: Recipe, run: Run) -> None:

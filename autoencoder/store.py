@@ -20,19 +20,17 @@ from torch import Tensor, nn
 
 from autoencoder.files import flush
 from autoencoder.untrusted import (
-    HEADER_BYTES,
     bounded,
-    inside,
     read_header,
     read_json,
     require_finite,
     require_memory,
+    weight_files,
 )
 
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-SHARD = re.compile(r"diffusion_pytorch_model-\d{5}-of-\d{5}\.safetensors")
 FILES = (CONFIG, WEIGHTS, INDEX, "diffusion_pytorch_model-*-of-*.safetensors")
 
 LARGEST = 1_000_000  # whole number in a config: channels, layers, sizes
@@ -125,7 +123,9 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     content = read_json(path)
     found = content.get("_class_name", class_name)
     if found != class_name:
-        raise ValueError(f"{path} describes {found}, but {class_name} is wanted.")
+        raise ValueError(
+            f"{path} describes {found}, but {class_name} is wanted: give a folder that holds a saved {class_name}."
+        )
     keys = {key: _tuples(value) for key, value in content.items() if not key.startswith("_")}
     if large := [key for key, value in keys.items() if _largest(value) > LARGEST]:
         raise ValueError(f"{path}: {large[0]} has numbers above {LARGEST:,}, which no network has.")
@@ -145,23 +145,6 @@ def load_config(folder: Path, kind: type[C], class_name: str) -> C:
     return config
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a stock folder, one or shards.
-
-    Raises FileNotFoundError if one is missing, ValueError if the index of the shards is not sound.
-    """
-    names = [WEIGHTS]
-    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        shards = read_json(folder / INDEX, HEADER_BYTES).get("weight_map")
-        if not isinstance(shards, dict) or not all(SHARD.fullmatch(str(name)) for name in shards.values()):
-            raise ValueError(f"{folder / INDEX} names files that are no shards of {WEIGHTS}.")
-        names = sorted(set(shards.values()))
-    for name in names:
-        if not inside(folder, name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; other weight formats are not read.")
-    return [folder / name for name in names]
-
-
 def _today(name: str) -> str:
     """Today's name of a tensor."""
     return ".".join(OLD_NAMES.get(part, part) for part in name.split("."))
@@ -173,7 +156,7 @@ def load_weights(folder: Path) -> dict[str, Tensor]:
     Raises FileNotFoundError if a file is missing, ValueError if one is damaged or has values that are not finite.
     """
     weights: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, WEIGHTS):
         read_header(file)
         weights.update(load_file(file))
     require_finite(weights, folder)
@@ -196,7 +179,9 @@ def load_folder(source: str | Path, kind: type[C], class_name: str, build: Calla
     """
     folder = find_folder(source)
     config = load_config(folder, kind, class_name)
-    shapes = {_today(n): shape for file in weight_files(folder) for n, shape in read_header(file).items()}
+    shapes = {
+        _today(n): shape for file in weight_files(folder, WEIGHTS) for n, shape in read_header(file).items()
+    }
     with bounded(len(shapes), f"{folder / CONFIG}"):
         network = build(config)
     _check_weights(folder, shapes, dict(network.named_parameters()) | dict(network.named_buffers()))

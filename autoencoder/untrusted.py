@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,24 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(part.get_shape()) for name, part in slices.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a sound safetensors file ({error}).") from error
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The file `name` of a stock folder, or the shards that stand for it: its stem and a number.
+
+    Raises FileNotFoundError if one is missing, ValueError if the index of the shards names anything else.
+    """
+    index, names = folder / f"{name}.index.json", [name]
+    if not (folder / name).is_file() and index.is_file():
+        shard = re.compile(re.escape(Path(name).stem) + r"-\d{5}-of-\d{5}\.safetensors")
+        listed = read_json(index, HEADER_BYTES).get("weight_map")
+        if not isinstance(listed, dict) or not all(shard.fullmatch(str(one)) for one in listed.values()):
+            raise ValueError(f"{index} names files that are no shards of {name}.")
+        names = sorted(set(listed.values()))
+    for one in names:
+        if not inside(folder, one).is_file():
+            raise FileNotFoundError(f"{folder} has no {one}; other weight formats are not read.")
+    return [folder / one for one in names]
 
 
 @contextmanager

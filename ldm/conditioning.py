@@ -90,14 +90,15 @@ class ClassLabels(nn.Module):
         return Cond(label=self.null_label.expand(n))
 
     def read(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Class names as a batch; ValueError names an unknown one and the nearest known ones."""
+        """Class names as a batch, "" for the null class; ValueError names an unknown one and the nearest known ones."""
         import difflib
 
+        numbers = {"": len(self.classes)} | {name: i for i, name in enumerate(self.classes)}
         for name in names:
-            if name not in self.classes:
+            if name not in numbers:
                 near = difflib.get_close_matches(name, self.classes) or self.classes[:5]
-                raise ValueError(f"there is no class {name!r}; the nearest are {', '.join(near)}")
-        return {"label": torch.tensor([self.classes.index(name) for name in names])}
+                raise ValueError(f"there is no class {name!r:.80}; the nearest are {', '.join(near)}")
+        return {"label": torch.tensor([numbers[name] for name in names])}
 
 
 class Text(nn.Module):

@@ -27,10 +27,10 @@ from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.findings import Findings, Part, folder_bytes, gigabytes
-from ldm.memory import Memory, Saved, foreseen, size
+from ldm.memory import Memory, Saved, foreseen, lasting
 from ldm.run_folder import changed_settings
 from ldm.trackers import chosen_tracker
-from ldm.training import Module, Run
+from ldm.training import Run
 
 FEW = (2, 4)
 """Samples in the batches from which the memory of a whole one is foreseen"""
@@ -112,7 +112,6 @@ class DryRun(Run):
     def __init__(self, recipe: Any, scratch: Path, doing: list[str]) -> None:
         self.home, self.doing = recipe.run.out, doing
         self.found = Findings(steps=recipe.run.steps, batch=recipe.run.batch_size, keep=recipe.run.keep)
-        self._placed: list[Any] = []
         self._first: FirstPictures | None = None
         self._watched: Saved | None = None  # watches while the batches are small
         self._counted: list[list[int]] = []  # bytes of each storage, a list for each small batch
@@ -160,20 +159,13 @@ class DryRun(Run):
     def fresh(self) -> bool:
         return False  # what a run tries at its start is tried after the probe
 
-    def place(self, module: Module) -> Module:
-        placed = super().place(module)
-        self._placed.append(placed)
-        return placed
-
     def resume(self, *arguments: Any, **parts: Any) -> None:
         super().resume(*arguments, **parts)
-        for module in self._placed:
-            trained = [p for p in module.parameters() if p.requires_grad]
-            frozen = [p for p in module.parameters() if not p.requires_grad]
-            counts = (sum(p.numel() for p in group) for group in (trained, frozen))
+        for module in self.placed:
+            counts = [
+                sum(p.numel() for p in module.parameters() if p.requires_grad == t) for t in (True, False)
+            ]
             self.found.parts.append(Part(type(module).__name__, *counts))
-            self.found.bytes["weights"] += size(trained + frozen)
-            self.found.bytes["gradients"] += size(trained)
 
     def part_of(self, source: Source) -> Source:
         self.doing.append("caching latents and captions")
@@ -218,7 +210,7 @@ class DryRun(Run):
 
     def _few(self, stream: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         steps = -(-len(FEW) // self.config.accumulate)
-        self._watched = Saved(self._placed)
+        self._watched = Saved(self.placed)
         for i, batch in enumerate(islice(stream, steps * self.config.accumulate)):
             self._counted.append([])
             with self._watched.watching():
@@ -239,11 +231,7 @@ class DryRun(Run):
         """The memory of a whole batch: what a sample adds is the same for each."""
         few = (min(self.batch, FEW[0]), min(self.batch, FEW[1]))
         self.found.bytes["activations"] = foreseen(few, (self._counted[0], self._counted[1]), self.batch)
-        for name, part in self._parts.items():
-            if isinstance(part, torch.nn.Module) or name == "run":
-                continue
-            kind = "optimizer" if hasattr(part, "param_groups") else "averages"
-            self.found.bytes[kind] += size(part.state_dict())
+        self.found.bytes |= lasting(self.placed, self.parts)
         coming = self.found.bytes["gradients"] + self.found.bytes["activations"]
         self.found.foreseen, self.found.room = self.memory.held() + coming, self.memory.room()
         if (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -114,9 +115,10 @@ def pretrained(name: str, max_length: int, *, projects: bool = False) -> Encoder
         shape = AutoConfig.from_pretrained(where)
         require_room(name, shape, max_length)
         tokenizer = AutoTokenizer.from_pretrained(where, model_max_length=max_length)
-        model, found = encoder_class(shape, projects).from_pretrained(
-            where, use_safetensors=True, output_loading_info=True
-        )
+        with quietly():
+            model, found = encoder_class(shape, projects).from_pretrained(
+                where, use_safetensors=True, output_loading_info=True
+            )
     except (OSError, ValueError) as problem:
         raise unreadable(name, problem) from None
     if missing := sorted(key for key in found["missing_keys"] if "pooler" not in key):
@@ -147,6 +149,18 @@ def untrained(name: str, config: TextConfig, texts: Sequence[str], *, projects: 
     if "clip" not in shape.model_type:
         shape.use_attention_mask = True
     return Encoder(tokenizer, made.from_config(shape) if made is AutoModel else made(shape))
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """While open, `transformers` shows no progress bars of its own; those of downloads stay."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda make, words, keys: make(*words, **keys | {"disable": True}))
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def location(name: str) -> str | Path:

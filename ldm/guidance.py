@@ -77,72 +77,88 @@ class Threshold:
         return x0.clamp(-top, top) * (self.limit / top)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How a drawing is guided; the defaults are plain classifier-free guidance at `scale`."""
+
+    scale: float = 1.0
+    """out = out(null) + scale (out(cond) - out(null)); 1 is no guidance, and costs one pass"""
+    interval: tuple[float, float] = (0.0, math.inf)
+    """Guide where interval[0] < sigma / alpha <= interval[1]; elsewhere one pass"""
+    rescale: float = 0.0
+    """Share in [0, 1] of the guided output that gets the standard deviation of the conditional one"""
+    projection: Projection | None = None
+    """Adaptive projected guidance"""
+    threshold: Threshold | None = None
+    """Dynamic thresholding of x_0"""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale is {self.scale}, but must be finite")
+        if not 0 <= self.interval[0] < self.interval[1]:
+            raise ValueError(f"interval is {self.interval}, but must be two levels, 0 <= low < high")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"rescale is {self.rescale}, but must lie in [0, 1]")
+        if self.rescale and self.projection:
+            raise ValueError(
+                f"rescale is {self.rescale}, which projection makes pointless; set one of the two"
+            )
+
+    def at(self, level: Level) -> bool:
+        """Whether the interval holds this level."""
+        return bool(self.interval[0] < level.sigma / level.alpha <= self.interval[1])
+
+
 def guided(
     denoiser: Denoiser,
     cond: Cond,
     null: Cond | None,
-    scale: float = 1.0,
+    guidance: float | Guidance = 1.0,
     *,
     weak: Denoiser | None = None,
-    interval: tuple[float, float] = (0.0, math.inf),
-    rescale: float = 0.0,
-    projection: Projection | None = None,
-    threshold: Threshold | None = None,
 ) -> Denoise:
-    """What a sampler takes, for one drawing: out = out(null) + scale (out(cond) - out(null)), as x_0.
+    """What a sampler takes, for one drawing.
 
     Args:
         cond: what to draw.
         null: what to move away from, in the same shapes: the null condition, or a negative prompt's; with
             `weak`, what that is told, by default cond. Not needed at scale 1.
-        scale: 1 is no guidance, and costs one pass. A model that is told nothing is not guided but by `weak`.
+        guidance: a plain scale, or more. A model that is told nothing is not guided but by `weak`.
         weak: a weaker model of the same path and prediction to move away from; one more call a step.
-        interval: guide where interval[0] < sigma / alpha <= interval[1]; elsewhere one pass.
-        rescale: share in [0, 1] of the guided output that gets the standard deviation of the conditional one.
 
     Raises:
-        ValueError: names the argument that is out of range, or two that exclude each other.
+        ValueError: names what is out of range or missing.
     """
-    check(scale, interval, rescale, projection)
+    by = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
     if weak and (weak.path, weak.prediction) != (denoiser.path, denoiser.prediction):
         raise ValueError("weak has another path or prediction than the model that it should guide")
     told = any(part is not None for part in cond)
-    if scale != 1 and told and null is None and weak is None:
-        raise ValueError(f"guidance scale is {scale}, but null is None; pass the condition to move away from")
-    plain = scale == 1 or (weak is None and not told)
+    if by.scale != 1 and told and null is None and weak is None:
+        raise ValueError(
+            f"guidance scale is {by.scale}, but null is None; pass the condition to move away from"
+        )
+    plain = by.scale == 1 or (weak is None and not told)
     both = None if plain or weak or null is None else Cond.cat(null, cond)
     before: Tensor | None = None
 
     def denoise(x: Tensor, level: Level) -> Tensor:
         nonlocal before
-        if plain or not interval[0] < level.sigma / level.alpha <= interval[1]:
+        if plain or not by.at(level):
             x0 = denoiser(x, level, cond)
-            return threshold(x0) if threshold else x0
+            return by.threshold(x0) if by.threshold else x0
         if weak:
             to, away = denoiser.output(x, level, cond), weak.output(x, level, cond if null is None else null)
         else:
             assert both is not None
             away, to = denoiser.output(torch.cat([x, x]), level, both).chunk(2)
-        if projection:
+        if by.projection:
             estimates = denoiser.to_x0(x, to, level), denoiser.to_x0(x, away, level)
-            x0, before = projection(*estimates, scale, before)
+            x0, before = by.projection(*estimates, by.scale, before)
         else:
-            x0 = denoiser.to_x0(x, rescaled(away + scale * (to - away), to, rescale), level)
-        return threshold(x0) if threshold else x0
+            x0 = denoiser.to_x0(x, rescaled(away + by.scale * (to - away), to, by.rescale), level)
+        return by.threshold(x0) if by.threshold else x0
 
     return denoise
-
-
-def check(scale: float, interval: tuple[float, float], rescale: float, projection: Projection | None) -> None:
-    """ValueError for a number out of range, or two options that exclude each other."""
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance scale is {scale}, but must be finite")
-    if not 0 <= interval[0] < interval[1]:
-        raise ValueError(f"interval is {interval}, but must be two levels, 0 <= low < high")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale is {rescale}, but must lie in [0, 1]")
-    if rescale and projection:
-        raise ValueError(f"rescale is {rescale}, which projection makes pointless; set one of the two")
 
 
 def rescaled(out: Tensor, to: Tensor, share: float) -> Tensor:

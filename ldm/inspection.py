@@ -32,7 +32,7 @@ from ldm.data import SceneSource, Source, content_sum
 from ldm.pictures import FORMATS, BadPicture, content, decoded
 from ldm.sampling import cores, read, slices
 
-VERSION = 2
+VERSION = 3
 BATCH = 64
 """Pictures that a worker reads at a time"""
 
@@ -91,11 +91,14 @@ def fingerprint(image: Image.Image) -> bytes:
     return np.packbits(grey[:, 1:] > grey[:, :-1] + 2).tobytes() + mean.tobytes()  # 2: noise of compression
 
 
-def look(source: Source, *, thorough: bool = False, show: bool = True) -> Iterator[Look]:
-    """All pictures in order, read by as many workers as there are cores, with a progress bar."""
-    batches = [*slices(0, len(source), BATCH)]
-    with tqdm(total=len(source), unit="img", desc="looking at all pictures", disable=not show) as bar:
-        for looks in read(Looks(source, thorough), batches, cores(len(source))):
+def look(
+    source: Source, indices: Sequence[int] | None = None, *, thorough: bool = False, show: bool = True
+) -> Iterator[Look]:
+    """The pictures `indices`, by default all, read by as many workers as there are cores, with a progress bar."""
+    indices = range(len(source)) if indices is None else indices
+    batches = [indices[some.start : some.stop] for some in slices(0, len(indices), BATCH)]
+    with tqdm(total=len(indices), unit="img", desc="looking at all pictures", disable=not show) as bar:
+        for looks in read(Looks(source, thorough), batches, cores(len(indices))):
             yield from looks
             bar.update(len(looks))
 
@@ -114,18 +117,13 @@ def inspected(source: Source, run: Any, split: str = "") -> Source:
     if isinstance(source, SceneSource):
         return source
     kept = run.out / "cache" / f"inspected-{_state(source)}.safetensors"
-    if run.main and _read(kept) is None:
-        _inspect(source, kept)
-    run.accelerator.wait_for_everyone()
-    result = _read(kept)
-    if result is None:
-        raise UserError(f"{kept} has vanished or is damaged; run the same command again.")
-    source.sums, sizes, bad, remarks = result
+    _inspect(source, kept, run)
+    source.sums, sizes, bad, remarks = _require(kept)
     names = run.out / f"bad_pictures{'-' * bool(split)}{split}.jsonl"
     if run.main:
         _name(bad, names)
     if remarks:
-        run.say(f"{len(remarks):,} pictures: {remarks[0][0]} {remarks[0][1]}")
+        run.say(f"{len(remarks):,} pictures: {remarks[0][1]} {remarks[0][2]}")
     sound = np.setdiff1d(np.arange(len(source)), [index for index, _, _ in bad])
     if bad:
         _judge(source, bad, names)
@@ -188,31 +186,79 @@ def _name(bad: Sequence[Sequence[Any]], file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _inspect(source: Source, file: Path) -> None:
-    """Look at every picture and write what was found, whole or not at all."""
-    sums = np.zeros((len(source), 16), dtype=np.uint8)
-    sizes = np.zeros((len(source), 2), dtype=np.int32)
+def _inspect(source: Source, file: Path, run: Any) -> None:
+    """Have `file` say what is to be seen in every picture: each process looks at its share, the first joins them."""
+    rank, ranks = run.accelerator.process_index, run.accelerator.num_processes
+    there = _read(file) is not None
+    run.accelerator.wait_for_everyone()  # nobody writes while others still look
+    if there:
+        return
+    parts = [file.with_stem(f"{file.stem}-{i}-of-{ranks}") for i in range(ranks)]
+    if _read(parts[rank]) is None:
+        _write(parts[rank], _seen(source, range(len(source))[rank::ranks], show=run.main))
+    run.accelerator.wait_for_everyone()
+    if run.main:
+        _write(file, _joined([_require(part) for part in parts]))
+        for part in parts:
+            part.unlink()
+    run.accelerator.wait_for_everyone()
+
+
+class Seen(NamedTuple):
+    """What looking at pictures told."""
+
+    sums: np.ndarray  # [N,16] uint8
+    sizes: np.ndarray  # [N,2] int32
+    bad: list[Any]  # [index, name, reason]
+    remarks: list[Any]  # [index, name, remark]
+
+
+def _seen(source: Source, indices: Sequence[int], show: bool) -> Seen:
+    sums = np.zeros((len(indices), 16), dtype=np.uint8)
+    sizes = np.zeros((len(indices), 2), dtype=np.int32)
     bad, remarks = [], []
-    for index, seen in enumerate(look(source)):
-        sums[index], sizes[index] = np.frombuffer(seen.sum, dtype=np.uint8), seen.size
+    for i, (index, seen) in enumerate(zip(indices, look(source, indices, show=show), strict=True)):
+        sums[i], sizes[i] = np.frombuffer(seen.sum, dtype=np.uint8), seen.size
         if seen.reason:
-            bad.append((index, seen.name, seen.reason))
+            bad.append([index, seen.name, seen.reason])
         elif seen.remark:
-            remarks.append((seen.name, seen.remark))
+            remarks.append([index, seen.name, seen.remark])
+    return Seen(sums, sizes, bad, remarks)
+
+
+def _joined(parts: Sequence[Seen]) -> Seen:
+    """Of all pictures, from every so manieth each."""
+    total = sum(len(part.sums) for part in parts)
+    sums, sizes = np.zeros((total, 16), dtype=np.uint8), np.zeros((total, 2), dtype=np.int32)
+    for i, part in enumerate(parts):
+        sums[i :: len(parts)], sizes[i :: len(parts)] = part.sums, part.sizes
+    bad, remarks = (sorted(line for part in parts for line in part[field]) for field in (2, 3))
+    return Seen(sums, sizes, bad, remarks)
+
+
+def _write(file: Path, seen: Seen) -> None:
+    """Whole or not at all."""
     fresh = file.with_suffix(".writing")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        about = {"bad": json.dumps(bad), "remarks": json.dumps(remarks)}
-        save_file({"sums": sums, "sizes": sizes}, fresh, metadata=about)
+        about = {"bad": json.dumps(seen.bad), "remarks": json.dumps(seen.remarks)}
+        save_file({"sums": seen.sums, "sizes": seen.sizes}, fresh, metadata=about)
         flush(fresh)
         fresh.replace(file)
 
 
-def _read(file: Path) -> tuple[np.ndarray, np.ndarray, list[Any], list[Any]] | None:
+def _require(file: Path) -> Seen:
+    seen = _read(file)
+    if seen is None:
+        raise UserError(f"{file} has vanished or is damaged; run the same command again.")
+    return seen
+
+
+def _read(file: Path) -> Seen | None:
     try:
         with safe_open(file, framework="numpy") as kept:
             bad, remarks = (json.loads(kept.metadata()[name]) for name in ("bad", "remarks"))
-            return kept.get_tensor("sums"), kept.get_tensor("sizes"), bad, remarks
+            return Seen(kept.get_tensor("sums"), kept.get_tensor("sizes"), bad, remarks)
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
 

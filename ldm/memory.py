@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
@@ -93,8 +94,25 @@ def foreseen(few: tuple[int, int], sizes: tuple[list[int], list[int]], batch: in
     return round(sum(grown) + WORKING * max(grown, default=0))
 
 
+def lasting(networks: Iterable[nn.Module], parts: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes that this process holds from step to step, by what they are for.
+
+    Args:
+        parts: what the checkpoints of a `Run` consist of.
+    """
+    weights = [p for network in networks for p in network.parameters()]
+    held = {"weights": size(weights), "gradients": size([p for p in weights if p.requires_grad])}
+    held |= {"optimizer": 0, "averages": 0}
+    for name, part in parts.items():
+        if name != "run" and not isinstance(part, nn.Module):
+            held["optimizer" if hasattr(part, "param_groups") else "averages"] += size(part.state_dict())
+    return held
+
+
 def size(state: Any) -> int:
-    """Bytes of all tensors in a nest of dicts and lists."""
+    """Bytes on this process of all tensors in a nest of dicts and lists."""
+    if isinstance(state, DTensor):
+        return size(state.to_local())
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, dict):

@@ -42,7 +42,8 @@ class RunConfig:
     timeout: float = 1800.0
     """Seconds without a step, or without an answer of another process, after which a run counts as hung and ends"""
     shard: bool = False
-    """Give each process a part of weights, gradients and optimizer state (FSDP), for networks too large to repeat"""
+    """Give each process a part of weights, gradients and optimizer state (FSDP), for networks too large to repeat;
+    stage 2 only"""
     tracker: str = "tensorboard"
     """none, or what Accelerate knows: tensorboard, wandb, trackio, mlflow, aim, comet_ml, clearml, dvclive, swanlab"""
 

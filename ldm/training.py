@@ -58,6 +58,7 @@ class Run(RunLog):
     Attributes:
         step: optimizer steps done.
         accelerator: of `accelerate`; `run.device` and `run.main` are its device and whether this process is the first.
+        placed: the networks; `parts` is what checkpoints consist of.
     """
 
     def __init__(self, config: RunConfig, recipe: Any) -> None:
@@ -94,7 +95,8 @@ class Run(RunLog):
         self.batch = config.batch_size // shares
         self.lost: dict[str, int] = {}
         self.skipped = 0
-        self._parts: dict[str, checkpoint.Stateful] = {}
+        self.placed: list[nn.Module] = []
+        self.parts: dict[str, checkpoint.Stateful] = {}
         self._model: checkpoint.Model | None = None
         self._published: Path | None = None
         self._order: np.ndarray | Buckets = np.arange(0)
@@ -134,6 +136,7 @@ class Run(RunLog):
         """A module on the run's device, its weights laid out channels-last, which convolutions prefer."""
         if self.config.gradient_checkpointing:
             enable_checkpointing(module)
+        self.placed.append(module)
         return module.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def unwrap(self, module: nn.Module) -> Any:
@@ -149,14 +152,14 @@ class Run(RunLog):
             parts: everything that training changes, and checks of what it must not change.
         """
         self._model, self._published = model, self.out / "model" if publish else None
-        self._parts = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
-        self._parts["run"] = self
+        self.parts = {n: self.unwrap(p) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+        self.parts["run"] = self
         if self.accelerator.scaler:
-            self._parts["scaler"] = self.accelerator.scaler
+            self.parts["scaler"] = self.accelerator.scaler
         found = [checkpoint.newest(self.out / "checkpoints")] if self.main else [None]
         (folder,) = broadcast_object_list(found)
         if folder:
-            checkpoint.restore(folder, self._parts)
+            checkpoint.restore(folder, self.parts)
             self._saved = self.step
             self.say(f"going on from {folder}")
         self.forget_later_metrics()
@@ -195,7 +198,7 @@ class Run(RunLog):
     def save(self) -> None:
         """Write checkpoints/step-XXXXXXXX beside the training, which goes on once everything is copied to the CPU."""
         self._writer.wait()
-        state = checkpoint.Snapshot(self._parts, self._model, keep=self.main)
+        state = checkpoint.Snapshot(self.parts, self._model, keep=self.main)
         self._saved = self.step
         if self.main:
             folder = self.out / "checkpoints" / f"step-{self.step:08d}"
@@ -215,11 +218,6 @@ class Run(RunLog):
     def seconds(self) -> float:
         """Time spent on this run, from the start of the process, and by earlier starts up to their last checkpoint."""
         return self._earlier + time.time() - self._began
-
-    @property
-    def fresh(self) -> bool:
-        """Whether nothing has been trained yet: the time to try what would else fail for the first time hours later."""
-        return self.step == 0
 
     def due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,23 +11,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from pipelines.gate import Copies, Proof
+from pipelines.gate import Proof
+from pipelines.memorisation import Copies
 
-# https://huggingface.co/docs/hub/repositories-licenses; "unknown" is no choice, "other" needs more than an identifier
-LICENSES = tuple(
-    re.findall(
-        r"\S+",
-        """
-        apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0
-        bigcode-openrail-m openrail++ afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause
-        bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
-        cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-        cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
-        epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0
-        isc mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 osl-3.0 pddl postgresql unlicense zlib
-        """,
-    )
-)
 TAGS = {
     "text": "text-to-image",
     "class": "unconditional-image-generation",
@@ -169,6 +154,8 @@ class Facts:
 
     name: str
     license: str
+    license_name: str | None
+    """Of one that the hub doesn't know"""
     kind: str
     """text, class or none"""
     pipeline: str
@@ -239,6 +226,8 @@ def header(facts: Facts) -> str:
     ]
     return ModelCardData(
         license=facts.license,
+        license_name=facts.license_name,
+        license_link="LICENSE" if facts.license_name else None,
         library_name="diffusers",
         pipeline_tag=TAGS[facts.kind],
         tags=["latent-diffusion", "trained-from-scratch"],

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from autoencoder.files import written_beside
+from autoencoder.untrusted import inside, read_header, read_json, require_finite
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
 from ldm.inspection import sound
@@ -17,6 +22,9 @@ from ldm.pictures import to_tensor
 from ldm.sampling import order
 
 WIDTH = 32
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MOST = 100_000
+"""Classes that a file may name"""
 
 
 class Classifier(nn.Sequential):
@@ -40,6 +48,8 @@ class Recogniser:
 
     network: Classifier
     classes: tuple[str, ...]
+    size: int
+    """Side in pixels of the pictures that it was trained on"""
     accuracy: dict[str, float]
     """Share of each held-out split that it names rightly"""
 
@@ -96,7 +106,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-    trained = Recogniser(network.eval(), source.classes, {})
+    trained = Recogniser(network.eval(), source.classes, data.size, {})
     for split in ("validation", "test"):
         trained.accuracy.update(measured(trained, data, split))
     return trained
@@ -112,3 +122,51 @@ def measured(recogniser: Recogniser, data: DataConfig, split: str) -> dict[str, 
     names = recogniser.names(load_pixels(source, data.size))
     truth = [source.classes[i] for i in source.labels.tolist()]
     return {split: float(np.mean([name == true for name, true in zip(names, truth, strict=True)]))}
+
+
+def save_recogniser(recogniser: Recogniser, folder: Path) -> None:
+    """Write config.json and model.safetensors, taking the place of what was there only when both are written."""
+    about = {
+        "_class_name": "Classifier",
+        "classes": list(recogniser.classes),
+        "size": recogniser.size,
+        "accuracy": recogniser.accuracy,
+    }
+    with written_beside(folder) as fresh:
+        (fresh / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in recogniser.network.state_dict().items()}
+        save_file(weights, fresh / WEIGHTS)
+
+
+def load_recogniser(folder: Path) -> Recogniser:
+    """What `save_recogniser` wrote.
+
+    Raises:
+        UserError: there is none in the folder.
+        ValueError: one of the files is damaged, or they don't belong together.
+    """
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} holds no classifier ({CONFIG} and {WEIGHTS}); train one with `ldm classifier`."
+        )
+    about = read_json(inside(folder, CONFIG))
+    classes, size = about.get("classes"), about.get("size")
+    if about.get("_class_name") != "Classifier" or not isinstance(size, int) or not 8 <= size <= 4096:
+        raise ValueError(f"{folder / CONFIG} does not describe a classifier of ours.")
+    if (
+        not isinstance(classes, list)
+        or not 1 <= len(classes) <= MOST
+        or not all(isinstance(c, str) for c in classes)
+    ):
+        raise ValueError(f"{folder / CONFIG} names no classes.")
+    network = Classifier(len(classes))
+    wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    if read_header(inside(folder, WEIGHTS)) != wanted:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not hold the weights of a classifier of {len(classes)} classes."
+        )
+    weights = load_file(folder / WEIGHTS)
+    require_finite(weights, folder)
+    network.load_state_dict(weights)
+    accuracy = about.get("accuracy")
+    return Recogniser(network.eval(), tuple(classes), size, accuracy if isinstance(accuracy, dict) else {})

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import command
-from pipelines import cli_doctor, publish
-from pipelines.cli_draw import MODEL, add_draw
+from pipelines import cli_doctor
+from pipelines.cli_draw import MODEL, add_draw, spoken
+from pipelines.cli_edit import add_edit
+from pipelines.cli_evaluate import add_evaluate
 from pipelines.cli_plot import add_plot
+from pipelines.cli_publish import add_publish
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     add_draw(verbs)
+    add_edit(verbs)
     name = verbs.add_parser(
         "recognise", help="how many drawn pictures a classifier of the real ones names rightly"
     )
@@ -37,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     name.set_defaults(run=run_recognise)
 
     cli_doctor.add_doctor(verbs)
-    publish.add_publish(verbs)
+    add_publish(verbs)
     add_plot(verbs)
+    add_evaluate(verbs)
 
     add_ema(verbs)
     demo = verbs.add_parser(
@@ -65,20 +70,32 @@ def add_ema(verbs: Any) -> None:
     average.set_defaults(run=run_ema)
 
 
-DRAWING = ("generate", "edit", "inpaint")
-"""Verbs that take any number of prompts"""
+MANY_PROMPTS, ONE_PROMPT = ("generate", "edit", "inpaint"), ("vary", "invert", "interpolate")
 
 
-@command("ldm")
+def explain(problem: BaseException) -> str | None:
+    """A sentence for want of memory; None for anything else."""
+    name, text = type(problem).__name__, " ".join(str(problem).split())
+    if isinstance(problem, MemoryError) or name == "OutOfMemoryError" or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text[:200] or name}); ask for less at once, with --batch, --size, --tile or --n"
+        )
+    return None
+
+
+@command("ldm", explain)
 def main(argv: Sequence[str]) -> None:
     reader = parser()
     options, more = reader.parse_known_args(argv)
     flags = [word for word in more if word.startswith("-")]
-    if flags or (more and options.verb not in DRAWING):
+    if not flags and options.verb in MANY_PROMPTS:  # argparse does not see prompts that come after an option
+        options.prompts, more = options.prompts + more, []
+    elif not flags and options.verb in ONE_PROMPT and options.prompt is None and len(more) == 1:
+        options.prompt, more = more[0], []
+    if more:
         reader.error(f"unrecognized arguments: {' '.join(flags or more)}")
-    if more:  # argparse does not see prompts that come after an option
-        options.prompts += more
-    options.run(options)
+    with spoken():
+        options.run(options)
 
 
 def run_recognise(options: argparse.Namespace) -> None:
@@ -99,3 +116,7 @@ def run_demo(options: argparse.Namespace) -> None:
     from pipelines.demo import demo
 
     demo(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,10 +9,11 @@ from typing import Any
 
 def add_doctor(verbs: Any) -> None:
     """The verb `doctor` and what it looks at, to the subparsers of `ldm`."""
-    doctor = verbs.add_parser("doctor", help="look at data and latents before training on them")
+    doctor = verbs.add_parser("doctor", help="look at data, latents or a model")
     things = doctor.add_subparsers(dest="thing", required=True, metavar="THING")
     add_data(things)
     add_latents(things)
+    add_model(things)
 
 
 def add_latents(things: Any) -> None:
@@ -82,3 +83,18 @@ def run_data(options: argparse.Namespace) -> None:
     doctor_data(
         data, options.split, TextConfig(encoder=options.encoder, max_length=options.max_length), options.out
     )
+
+
+def add_model(things: Any) -> None:
+    reader = things.add_parser("model", help="what a model consists of, and whether it is sound")
+    reader.add_argument(
+        "model", metavar="MODEL", help="a run folder, a stock diffusers folder, or a hub name"
+    )
+    reader.add_argument("--prompt", help='what is drawn to see it at work, by default the first class, or ""')
+    reader.set_defaults(run=run_model)
+
+
+def run_model(options: argparse.Namespace) -> None:
+    from pipelines.doctor_model import doctor_model
+
+    doctor_model(options.model, options.prompt)

@@ -1,19 +1,23 @@
-"""`ldm generate | edit | inpaint | interpolate`: pictures from prompts and from pictures."""
+"""`ldm generate | recreate`: pictures from prompts, and the same again. What all verbs that draw share is here too."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ldm.config import UserError
-from pipelines.safety import provenance
+from pipelines.safety import SafetyChecker, provenance
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
+    from pipelines.record import Record
 
 MODEL = "a run folder, a stock diffusers folder, or a hub name"
 
@@ -24,50 +28,26 @@ def add_draw(verbs: Any) -> None:
     draw.add_argument("model", metavar="MODEL", help=MODEL)
     prompt_options(draw)
     sampling_options(draw)
-    draw.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
     draw.add_argument("--size", type=size, metavar="WxH", help="in pixels; by default that of training")
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
     tile = "decode pictures larger than N pixels in tiles of N, for less memory"
     draw.add_argument("--tile", type=int, metavar="N", help=tile)
+    draw.add_argument(
+        "--columns", type=int, metavar="N", help="of sheet.png; by default about as many as rows"
+    )
+    out_options(draw)
     draw.set_defaults(run=generate)
 
-    edit = verbs.add_parser("edit", help="change a picture as a prompt says (image to image)")
-    edit.add_argument("model", metavar="MODEL", help=MODEL)
-    edit.add_argument("picture", type=Path, metavar="PICTURE")
-    prompt_options(edit)
-    sampling_options(edit)
-    edit.add_argument(
-        "--strength", type=float, default=0.6, help="0 keeps the picture, 1 nothing (default 0.6)"
-    )
-    edit.set_defaults(run=run_edit)
-
-    fill = verbs.add_parser("inpaint", help="draw part of a picture anew, or what lies around it")
-    fill.add_argument("model", metavar="MODEL", help=MODEL)
-    fill.add_argument("picture", type=Path, metavar="PICTURE")
-    prompt_options(fill)
-    sampling_options(fill)
-    where = fill.add_mutually_exclusive_group(required=True)
-    where.add_argument(
-        "--mask", type=Path, metavar="PICTURE", help="white where to draw, black where to keep"
-    )
-    where.add_argument("--canvas", type=size, metavar="WxH", help="draw around the picture, up to this size")
-    fill.add_argument("--soft", type=int, default=0, metavar="PIXELS", help="blur the hole's edge outwards")
-    fill.add_argument("--resample", type=int, default=1, metavar="N", help="do each step N times (RePaint)")
-    fill.set_defaults(run=run_inpaint)
-
-    between = verbs.add_parser("interpolate", help="pictures on the way between two pictures or seeds")
-    between.add_argument("model", metavar="MODEL", help=MODEL)
-    between.add_argument("first", metavar="PICTURE|SEED")
-    between.add_argument("second", metavar="PICTURE|SEED")
-    between.add_argument("prompt", metavar="PROMPT", nargs="?", help="a caption, or the name of a class")
-    between.add_argument("--count", type=int, default=8, help="pictures, both ends among them (default 8)")
-    between.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
-    between.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
-    out_option(between)
-    between.set_defaults(run=run_interpolate)
+    again = verbs.add_parser("recreate", help="draw a picture again from what is written inside its file")
+    again.add_argument("model", metavar="MODEL", help=MODEL)
+    again.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE.png", help="that ldm generate made")
+    again.add_argument("--other-model", action="store_true", help="allow another model than the picture's")
+    out_options(again)
+    again.set_defaults(run=run_recreate)
 
 
 def prompt_options(reader: argparse.ArgumentParser) -> None:
+    """What to draw, and how many of each."""
     reader.add_argument("prompts", metavar="PROMPT", nargs="*", help="a caption, or the name of a class")
     reader.add_argument("--prompts", dest="file", type=Path, metavar="FILE", help="more prompts, one a line")
     reader.add_argument(
@@ -83,150 +63,208 @@ def prompt_options(reader: argparse.ArgumentParser) -> None:
 
 
 def sampling_options(reader: argparse.ArgumentParser) -> None:
+    """How to draw."""
     reader.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     reader.add_argument("--sampler", help="by default the one the model names")
+    reader.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
     reader.add_argument(
         "--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)"
     )
-    reader.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
-    out_option(reader)
+    seed_option(reader)
 
 
-def out_option(reader: argparse.ArgumentParser) -> None:
+def seed_option(reader: argparse.ArgumentParser) -> None:
+    help = "picture i is drawn from N + i (default 0); or a list like 3,7,9, a seed for each picture"
+    reader.add_argument("--seed", type=seeds, default=0, metavar="N", help=help)
+
+
+def out_options(reader: argparse.ArgumentParser) -> None:
+    """Where to, and who looks at it before."""
     help = "folder for the pictures and sheet.png"
     reader.add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
+    help = "a stock safety checker, folder or hub name: pictures that it flags are not written"
+    reader.add_argument("--checker", metavar="NAME", help=help)
+    help = "write them nevertheless, with what the checker said inside"
+    reader.add_argument("--keep-flagged", action="store_true", help=help)
+
+
+def seeds(text: str) -> int | list[int]:
+    """N, or N,N,..."""
+    try:
+        given = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number, nor a list like 3,7,9") from None
+    return given if "," in text else given[0]
 
 
 def size(text: str) -> tuple[int, int]:
     """WxH"""
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit()):
+    if not (width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, like 64x64")
     return int(width), int(height)
 
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
     """The prompts on the command line and in a file."""
-    prompts = list(options.prompts)
-    if options.file:
-        prompts += [line for line in options.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    from pipelines.prompts import read_lines
+
     if options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
-    return prompts
+    return [*options.prompts, *(read_lines(options.file) if options.file else [])]
 
 
-def opened(options: argparse.Namespace) -> LatentDiffusion:
-    """The model, on the best device; the folder for the pictures is made first, so that no work is lost."""
+def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker | None]:
+    """The model, on the best device, and the checker that is asked for.
+
+    The folder for the pictures is made first, so that no work is lost; without the checker nothing is drawn.
+    """
     from pipelines.latent_diffusion import LatentDiffusion, best_device
+    from pipelines.safety import ClipSafetyChecker
 
+    if options.keep_flagged and not options.checker:
+        raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
     options.out.mkdir(parents=True, exist_ok=True)
-    return LatentDiffusion.from_pretrained(options.model).to(best_device())
-
-
-def picture_of(file: Path) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise UserError(f"{file} is not a picture that can be read, or far too large.") from None
-    return picture
+    checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
+    return LatentDiffusion.from_pretrained(options.model).to(best_device()), checker
 
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that all drawing verbs share, as the functions take them."""
-    names = ("steps", "sampler", "guidance", "negative", "n", "seed")
+    """The settings that the verbs with prompts share, as the functions take them."""
+    names = ("steps", "sampler", "spacing", "guidance", "negative", "n", "seed")
     return {name: getattr(options, name) for name in names}
 
 
-def generate(options: argparse.Namespace) -> None:
+def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
+    """Prompts and classes as the functions take them: to a model that is not told both, a class is a prompt."""
     from ldm.conditioning import ClassAndText
 
     prompts, classes = prompts_of(options), options.classes
-    model = opened(options)
-    if not isinstance(model.conditioner, ClassAndText):  # a class is then a prompt like others
+    if not isinstance(model.conditioner, ClassAndText):
         prompts, classes = prompts + classes, []
-    names = ("size", "batch", "tile", "spacing")
+    return {"prompts": prompts or None, "classes": classes or None}
+
+
+@contextmanager
+def spoken() -> Iterator[None]:
+    """While open, that a prompt was cut is said once, in a sentence."""
+    from pipelines.prompts import CutPrompt
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if category is CutPrompt:
+                print(f"ldm: {message}", file=sys.stderr, flush=True)
+            else:
+                usual(message, category, *where)
+
+        warnings.simplefilter("once", CutPrompt)
+        warnings.showwarning = say  # type: ignore[assignment]
+        yield
+
+
+def generate(options: argparse.Namespace) -> None:
+    model, checker = opened(options)
+    asked = told(options, model)
+    names = ("size", "batch", "tile")
     settings = sampled(options) | {name: getattr(options, name) for name in names}
-    images = model(prompts or None, classes=classes or None, progress=True, **settings)
-    each = [name for name in classes for _ in range(len(images) // len(classes))]
-    keep(images, options, model, prompts, each)
+    images = model(**asked, progress=True, **settings)
+    notes = [record.notes() for record in records(options, model, asked, len(images))]
+    keep(images, options, notes, checker, captions(notes), options.columns)
 
 
-def run_edit(options: argparse.Namespace) -> None:
-    from pipelines.editing import image_to_image
+def records(
+    options: argparse.Namespace, model: LatentDiffusion, asked: Mapping[str, Any], count: int
+) -> list[Record]:
+    """What each of `count` pictures was drawn from."""
+    from pipelines.latent_diffusion import seeds_of
+    from pipelines.record import Record, arithmetic, fingerprint
 
-    prompts, picture = prompts_of(options) + options.classes, picture_of(options.picture)
-    model = opened(options)
-    images = image_to_image(model, picture, prompts or None, strength=options.strength, **sampled(options))
-    keep(images, options, model, prompts, strength=options.strength, picture=options.picture.name)
+    shared: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "model_sha256": fingerprint(model),
+        "sampler": options.sampler or model.sampler,
+        "drawn_on": arithmetic(model),
+    } | {name: getattr(options, name) for name in ("negative", "steps", "spacing", "guidance", "tile")}
+    each = {
+        name: [text for text in asked[name] for _ in range(count // len(asked[name]))]
+        if asked[name]
+        else [None] * count
+        for name in ("prompts", "classes")
+    }
+    made = []
+    for i, seed in enumerate(seeds_of(options.seed, count)):
+        first = i // options.batch * options.batch
+        made.append(
+            Record(
+                **shared,
+                prompt=each["prompts"][i],
+                class_name=each["classes"][i],
+                seed=seed,
+                batch=min(options.batch, count - first),
+                place=i - first,
+            )
+        )
+    return made
 
 
-def run_inpaint(options: argparse.Namespace) -> None:
-    from pipelines.editing import inpaint, outpaint
+def run_recreate(options: argparse.Namespace) -> None:
+    from pipelines.gate import furthest
+    from pipelines.record import arithmetic, fingerprint, read_record, recreate
 
-    prompts, picture = prompts_of(options) + options.classes, picture_of(options.picture)
-    settings = sampled(options) | {"soft": options.soft, "resample": options.resample}
-    model = opened(options)
-    if options.canvas:
-        images = outpaint(model, picture, options.canvas, prompts or None, **settings)
-    else:
-        images = inpaint(model, picture, picture_of(options.mask), prompts or None, **settings)
-    keep(
-        images,
-        options,
-        model,
-        prompts,
-        soft=options.soft,
-        resample=options.resample,
-        picture=options.picture.name,
-    )
+    read = [read_record(file) for file in options.pictures]
+    model, checker = opened(options)
+    identity, here = fingerprint(model), arithmetic(model)
+    images = []
+    for file, (record, picture) in zip(options.pictures, read, strict=True):
+        if record.model_sha256 != identity and not options.other_model:
+            raise UserError(
+                f"{file} was drawn by another model, {record.model} ({record.model_sha256[:12]}), than "
+                f"{options.model} ({identity[:12]}); give that one, or --other-model."
+            )
+        image = recreate(model, record, picture.size)
+        apart = furthest([image], [picture.convert("RGB")])
+        where = f"up to {apart} of 255 from it (drawn on {record.drawn_on}, now on {here})"
+        print(f"{file}: {where if apart else 'the same, bit for bit'}")
+        images.append(image)
+    notes = [record.notes() | {"model_sha256": identity, "drawn_on": here} for record, _ in read]
+    keep(images, options, notes, checker, captions(notes))
 
 
-def run_interpolate(options: argparse.Namespace) -> None:
-    from pipelines.editing import interpolate
-    from pipelines.sheets import contact_sheet
-
-    first, second = (
-        int(end) if end.isdigit() else picture_of(Path(end)) for end in (options.first, options.second)
-    )
-    model = opened(options)
-    settings = {"count": options.count, "steps": options.steps, "guidance": options.guidance}
-    images = interpolate(model, first, second, options.prompt, **settings)
-    about = {"prompt": options.prompt or "", "from": options.first, "to": options.second}
-    for i, image in enumerate(images):
-        image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**about, **settings, picture=i))
-    contact_sheet(images, columns=len(images)).save(
-        options.out / "sheet.png", pnginfo=provenance(**about, **settings)
-    )
-    print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")
+def captions(notes: Sequence[Mapping[str, object]]) -> list[str] | None:
+    """The prompt of each picture, if there are any."""
+    prompts = [str(note.get("prompt", "")) for note in notes]
+    return prompts if any(prompts) else None
 
 
 def keep(
     images: Sequence[Image.Image],
     options: argparse.Namespace,
-    model: LatentDiffusion,
-    prompts: Sequence[str],
-    classes: Sequence[str] = (),
-    **more: object,
+    notes: Sequence[Mapping[str, object]],
+    checker: SafetyChecker | None,
+    captions: Sequence[str] | None = None,
+    columns: int | None = None,
 ) -> None:
-    """Save each picture with what it was drawn from inside it, and a sheet of all."""
+    """Save each picture with its notes inside, and a sheet of all; those that the checker flags stay unwritten."""
+    from pipelines.safety import withheld
     from pipelines.sheets import contact_sheet
 
-    told = [prompt for prompt in prompts for _ in range(options.n)]
-    settings: dict[str, object] = {
-        "steps": options.steps,
-        "sampler": options.sampler or model.sampler,
-        "guidance": options.guidance,
-        "negative": options.negative,
-    }
+    flagged, shown, said = [False] * len(images), list(images), ""
+    if checker:
+        black, verdicts = withheld(images, checker)
+        flagged = [verdict.flagged for verdict in verdicts]
+        notes = [
+            dict(note) | {"checked_by": checker.name, "flagged": bad}
+            for note, bad in zip(notes, flagged, strict=True)
+        ]
+        said = f"; {checker.name} flagged {sum(flagged)} of them"
+        if any(flagged) and not options.keep_flagged:
+            shown, said = black, said + ", which were not written"
     for i, image in enumerate(images):
-        about: dict[str, object] = {
-            "prompt": told[i] if told else "",
-            "seed": options.seed + i,
-            "model": Path(options.model).name,
-        } | ({"class": classes[i]} if classes else {})
-        image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**about, **settings, **more))
-    contact_sheet(images, told or None).save(
-        options.out / "sheet.png", pnginfo=provenance(**settings, **more)
-    )
-    print(f"{len(images)} pictures in {options.out}, all of them on {options.out / 'sheet.png'}")
+        if not flagged[i] or options.keep_flagged:
+            image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**notes[i]))
+    sheet = options.out / "sheet.png"
+    shared = {key: value for key, value in notes[0].items() if all(note.get(key) == value for note in notes)}
+    contact_sheet(shown, captions, columns=columns).save(sheet, pnginfo=provenance(**shared))
+    print(f"{len(images)} pictures in {options.out}, all of them on {sheet}{said}")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pipelines.cli_draw import MODEL, picture_of
+from pipelines.cli_draw import MODEL
 
 
 def add_plot(verbs: Any) -> None:
@@ -52,14 +52,14 @@ def plot_schedules(options: argparse.Namespace) -> None:
 
 def plot_noising(options: argparse.Namespace) -> None:
     from ldm.config import UserError
-    from pipelines.editing import upright
+    from pipelines.inputs import read_picture, upright
     from pipelines.plots import PATHS, noising
 
     if options.path not in PATHS:
         raise UserError(f"--path is {options.path!r}; choose one of {', '.join(PATHS)}.")
     if options.count < 2:
         raise UserError(f"--count is {options.count}, but must be at least 2.")
-    save(noising(PATHS[options.path], upright(picture_of(options.picture)), options.count), options.out)
+    save(noising(PATHS[options.path], upright(read_picture(options.picture)), options.count), options.out)
 
 
 def plot_curves(options: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from autoencoder.store import weight_hash
 from autoencoder.untrusted import inside, read_json
 from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
+from ldm.encoders import quietly
 from ldm.prediction import make_prediction
 from ldm.unet import UNet
 from pipelines.schedulers import DIFFUSERS_VERSION, from_scheduler_config, scheduler_config
@@ -66,7 +67,8 @@ def _save_text(text: Text, fresh: Path) -> dict[str, Any]:
         lines |= {"safety_checker": [None, None], "requires_safety_checker": False}
     ends = ["", "_2"] if len(text.encoders) == 2 else ["_2" if text.pools else ""]
     for end, encoder, tokenizer in zip(ends, text.encoders, text.tokenizers, strict=True):
-        encoder.save_pretrained(fresh / f"text_encoder{end}")
+        with quietly():
+            encoder.save_pretrained(fresh / f"text_encoder{end}")
         tokenizer.save_pretrained(fresh / f"tokenizer{end}")
         lines[f"text_encoder{end}"] = ["transformers", type(encoder).__name__]
         lines[f"tokenizer{end}"] = ["transformers", tokenizer_class(tokenizer)]

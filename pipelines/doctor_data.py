@@ -15,7 +15,7 @@ from ldm.conditioning import ConditioningConfig, TextConfig, make_conditioner
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
 from ldm.inspection import Look, look
-from pipelines.duplicates import LIMIT, Pairs, pairs
+from pipelines.duplicates import Pairs, pairs
 from pipelines.page import Page
 from pipelines.sheets import contact_sheet, side_by_side
 
@@ -271,5 +271,3 @@ def _duplicates(page: Page, findings: Findings, parts: Sequence[Part]) -> None:
         ]
         page.picture(side_by_side(*rows), f"{len(shown)} of them, each above the one that it is like")
         page.list([" = ".join(owner[i][0].looks[owner[i][1]].name for i in pair) for pair in shown])
-    if len(owner) > LIMIT:
-        page.text(f"Nearly equal pictures were looked for among the first {LIMIT:,} only.")

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from ldm.data import Source
-from ldm.pictures import to_tensor
 from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.memorisation import Copies
 
 TOLERANCE = 2  # of 255, between our picture and that of stock diffusers
 HALF = 65504.0  # the largest float16
@@ -156,11 +155,13 @@ class HalfScan:
         return self.largest < HALF
 
 
-def scan_half(model: LatentDiffusion, request: Request) -> tuple[HalfScan, list[Image.Image]]:
+def scan_half(
+    model: LatentDiffusion, draw: Callable[[], list[Image.Image]]
+) -> tuple[HalfScan, list[Image.Image]]:
     """Draw in float32 and watch every module; also gives the pictures."""
     networks = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.conditioner}
     with largest_activations(**networks) as seen:
-        images = request.drawn_by(model, progress=True)
+        images = draw()
     for part, network in networks.items():
         for name, weight in network.named_parameters():
             top = float(weight.detach().abs().max())
@@ -169,37 +170,6 @@ def scan_half(model: LatentDiffusion, request: Request) -> tuple[HalfScan, list[
             )
     where = max(seen, key=lambda name: seen[name])
     return HalfScan(largest=seen[where], where=where), images
-
-
-@dataclass(frozen=True, kw_only=True)
-class Copies:
-    """Drawn pictures beside their nearest training pictures.
-
-    A picture counts as a copy if it is nearer to one training picture than half its mean distance to its 50 nearest
-    (Carlini et al. 2023, section 5.1): distances are Euclidean, of pixels at 32 x 32.
-    """
-
-    count: int
-    total: int
-    compared: int
-    nearest: tuple[int, ...]
-
-
-def find_copies(images: Sequence[Image.Image], source: Source, neighbours: int = 50) -> Copies:
-    """Compare drawn pictures with all training pictures and their mirror images."""
-    side = 32
-    drawn = torch.stack([to_tensor(image.resize((side, side), Image.Resampling.BOX)) for image in images])
-    distances = []
-    for first in range(0, len(source), 256):
-        indices = range(first, min(first + 256, len(source)))
-        real = torch.stack([to_tensor(source.picture(i, side)) for i in indices])
-        both = [torch.cdist(drawn.flatten(1), seen.flatten(1)) for seen in (real, real.flip(-1))]
-        distances.append(torch.minimum(*both))
-    table = torch.cat(distances, 1)
-    near = table.topk(min(neighbours, table.shape[1]), largest=False).values
-    copied = near[:, 0] < 0.5 * near.mean(1)
-    nearest = tuple(table.argmin(1).tolist())
-    return Copies(count=int(copied.sum()), total=len(images), compared=len(source), nearest=nearest)
 
 
 @dataclass(frozen=True, kw_only=True)

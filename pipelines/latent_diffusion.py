@@ -8,6 +8,7 @@ model("a large red circle at the top left on a white background", seed=1)[0].sho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -30,6 +31,7 @@ from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
 from ldm.unet import UNet
+from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
 from pipelines.schedulers import sampling_grid
 
 
@@ -37,6 +39,7 @@ from pipelines.schedulers import sampling_grid
 class LatentDiffusion:
     """Everything that drawing needs. All parts live on one device; weights are not changed.
 
+    Nothing is kept from one call to the next, so that threads may draw with one object at once.
     `sampler` is the one that is used unless a call names another, and the one that a saved folder names, with the
     `spacing` of its steps; without, the sampler's usual one.
     In `precision` bf16 drawing is faster, and pictures differ slightly. With `fast`, networks are prepared for a CPU
@@ -79,7 +82,7 @@ class LatentDiffusion:
         guidance: float = 4.0,
         negative: str = "",
         n: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         size: tuple[int, int] | None = None,
         batch: int = 16,
         tile: int | None = None,
@@ -89,14 +92,15 @@ class LatentDiffusion:
         """Draw `n` pictures for each prompt, in the order of the prompts.
 
         Args:
-            prompts: captions, or names of classes; None for a model that is told nothing.
+            prompts: captions, or names of classes, "" for none in particular; None for a model that is told nothing.
+                A `CutPrompt` warning says what of a caption is beyond the tokenizer's limit.
             classes: for a model of both, the name of a class, or one for each caption.
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
             spacing: of the steps, one of the path's; by default the model's, or that usual for another sampler.
             guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
             negative: caption to be guided away from; only for models of captions.
-            seed: picture i is drawn from seed + i, whatever is drawn beside it.
+            seed: picture i is drawn from seed + i, whatever is drawn beside it; or a list, a seed for each picture.
             size: (width, height) in pixels; by default that of training.
             batch: pictures drawn together.
             tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
@@ -104,7 +108,9 @@ class LatentDiffusion:
             precision: f32, or bf16, in which pictures differ slightly; by default the model's.
 
         Raises:
-            ValueError: names an argument that is out of range, an unknown sampler or class.
+            ValueError: names an argument that is out of range, an unknown sampler or class; seeds that are not as
+                many as the pictures.
+            TypeError: names an argument of another type, such as a prompt that is no text.
         """
         if precision is not None:
             self = replace(self, precision=precision)
@@ -112,9 +118,9 @@ class LatentDiffusion:
             tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
             require_int(name, value, 1, 2**31)
-        require_int("seed", seed, 0, 2**62)
         read = self.read(prompts, n, classes)
         count = len(next(iter(read.values()))) if read else n
+        seeds = seeds_of(seed, count)
         shape = self.latent_shape(size)
         sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
         images: list[Image.Image] = []
@@ -123,7 +129,7 @@ class LatentDiffusion:
                 last = min(count, first + batch)
                 some = {key: value[first:last] for key, value in read.items()}
                 denoise = self.guided(some, last - first, shape, guidance, negative)
-                noise = noise_of(range(seed + first, seed + last), shape, self.device)
+                noise = noise_of(seeds[first:last], shape, self.device)
                 z = sample(denoise, noise(-1) * start, grid, noise=noise)
                 images += to_images(self.decode(z, tile))
                 bar.update(last - first)
@@ -161,19 +167,27 @@ class LatentDiffusion:
             return {}
         if prompts is None:
             raise ValueError(f"prompts is None, but this model needs {self.needs}")
-        names = [prompts] if isinstance(prompts, str) else list(prompts)
+        names = as_texts("prompts", prompts)
         repeated = [name for name in names for _ in range(n)]
-        if not isinstance(self.conditioner, ClassAndText):
-            return self.conditioner.read(repeated)
+        with READING:
+            if text := text_of(self.conditioner):
+                warn_of_cut(text, names)
+            if not isinstance(self.conditioner, ClassAndText):
+                return self.conditioner.read(repeated)
+            return self.conditioner.read(repeated, self._classes(classes, len(names), n))
+
+    @staticmethod
+    def _classes(classes: str | Sequence[str] | None, prompts: int, n: int) -> list[str]:
+        """The class of each picture of so many prompts."""
         if classes is None:
             raise ValueError("classes is None, but this model needs the name of a class with each caption")
-        given = [classes] if isinstance(classes, str) else list(classes)
-        given = given * len(names) if len(given) == 1 else given
-        if len(given) != len(names):
+        given = as_texts("classes", classes)
+        given = given * prompts if len(given) == 1 else given
+        if len(given) != prompts:
             raise ValueError(
-                f"there are {len(given)} classes for {len(names)} prompts; give one, or one a prompt"
+                f"there are {len(given)} classes for {prompts} prompts; give one, or one a prompt"
             )
-        return self.conditioner.read(repeated, [name for name in given for _ in range(n)])
+        return [name for name in given for _ in range(n)]
 
     @property
     def needs(self) -> str:
@@ -182,14 +196,17 @@ class LatentDiffusion:
 
     def null(self, negative: str, n: int) -> Cond:
         """The condition to be guided away from, for n samples."""
-        if not negative:
+        if not as_text("negative", negative):
             return self.conditioner.null(n)
         text = text_of(self.conditioner)
         if text is None:
             raise ValueError(
                 f"negative is {negative!r}, but only a model of captions can be told what to avoid"
             )
-        avoid = text({k: v.to(self.device) for k, v in text.read([negative] * n).items()})
+        with READING:
+            warn_of_cut(text, [negative])
+            read = text.read([negative] * n)
+        avoid = text({key: value.to(self.device) for key, value in read.items()})
         return self.conditioner.null(n)._replace(tokens=avoid.tokens, pooled=avoid.pooled)
 
     def latent_shape(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
@@ -226,8 +243,9 @@ class LatentDiffusion:
         raw = z / config.scaling_factor + (config.shift_factor or 0.0)
         if tile is None or max(raw.shape[2:]) * config.factor <= tile:
             return to_decode(self.autoencoder, self.precision, prepare=self.fast)(raw)
-        parts = [tiling.decode(self.autoencoder, one, tile=tile) for one in raw.split(1)]
-        return torch.cat(parts)
+        # Tiling hooks into the network: into a copy of its own, of the same weights, as other threads decode too.
+        own = deepcopy(self.autoencoder, {id(weight): weight for weight in self.autoencoder.parameters()})
+        return torch.cat([tiling.decode(own, one, tile=tile) for one in raw.split(1)])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""
@@ -246,6 +264,16 @@ class LatentDiffusion:
 def best_device() -> str:
     """cuda or mps where there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def seeds_of(seed: int | Sequence[int], count: int) -> Sequence[int]:
+    """The seed of each of `count` pictures: seed, seed + 1 and so on, or those that are given."""
+    for one in seed if isinstance(seed, Sequence) else [seed]:
+        require_int("seed", one, 0, 2**62)
+    seeds = seed if isinstance(seed, Sequence) else range(seed, seed + count)
+    if len(seeds) != count:
+        raise ValueError(f"there are {len(seeds)} seeds for {count} pictures; give one, or one a picture")
+    return seeds
 
 
 def noise_of(seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> Noise:

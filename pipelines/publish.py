@@ -5,13 +5,13 @@ Everything is made and proven on this machine first; only then is it uploaded, i
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,20 @@ from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, Source, open_source
 from ldm.inspection import sound
-from pipelines.card import LICENSES, Facts, Metric, leaf, model_card
+from pipelines.card import Facts, Metric, leaf, model_card
+from pipelines.credentials import Credentials
 from pipelines.gate import (
-    Copies,
     Proof,
     Request,
     drawn_by_stock,
-    find_copies,
     furthest,
     require_diffusers,
     require_same,
     scan_half,
 )
 from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.licenses import license_text, require_license
+from pipelines.memorisation import Copies, find_copies
 from pipelines.release import SHARD, listed, search_secrets, write_release
 from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
 from pipelines.sheets import contact_sheet, side_by_side
@@ -54,7 +55,9 @@ class Publication:
     name: str
     """NAMESPACE/NAME on the hub"""
     license: str
-    """One of `LICENSES`"""
+    """As the hub calls it, one of `pipelines.licenses.LICENSES`"""
+    license_file: Path | None = None
+    """Its text, if it is none of those that are here"""
     private: bool = False
     """For the namespace's members only"""
     dry_run: bool = False
@@ -71,6 +74,8 @@ class Publication:
     """A stock safety checker that looks at the samples: folder or hub name"""
     looked_at: bool = False
     """The person has looked at the samples; the card says so"""
+    credentials: Credentials | None = None
+    """Who signs the samples; by default they carry notes alone"""
     half: bool = True
     """Also publish float16 weights"""
     shard: str = SHARD
@@ -81,11 +86,12 @@ class Publication:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", self.name):
             raise UserError(f"{self.name} is no name on the hub; give NAMESPACE/NAME.")
-        if self.license not in LICENSES:
-            raise UserError(
-                f"--license is {self.license}, which is no licence that the hub knows; choose one of "
-                f"{', '.join(LICENSES)}"
-            )
+        require_license(self.license)
+
+    @property
+    def license_name(self) -> str | None:
+        """What the hub calls a licence that it doesn't know."""
+        return self.license_file.stem if self.license == "other" and self.license_file else None
 
 
 class FinishedRun:
@@ -147,7 +153,7 @@ def publish(what: Publication) -> str:
             message says otherwise.
     """
     token = "" if what.dry_run else token_of_person()
-    require_diffusers()
+    terms = checked(what)
     run = FinishedRun(what.model)
     model = LatentDiffusion.from_pretrained(run.model)
     source = run.source(what.data) if what.data else None
@@ -156,7 +162,7 @@ def publish(what: Publication) -> str:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
         release = scratch / "release" if what.out is None else emptied(what.out)
         print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
-        scan, images = scan_half(model, request)
+        scan, images = scan_half(model, partial(request.drawn_by, model, progress=True))
         if what.out:
             contact_sheet(images, request.prompts).save(f"{what.out}-samples.png")
         if what.half and not scan.safe:
@@ -182,10 +188,11 @@ def publish(what: Publication) -> str:
             half=what.half,
         )
         safety, no_samples = verdict(images, what)
-        samples = [] if no_samples else save_samples(images, request, release, what.name)
+        samples = [] if no_samples else save_samples(images, request, release, what)
         facts = Facts(
             name=what.name,
             license=what.license,
+            license_name=what.license_name,
             about=what.about,
             pipeline=pipeline,
             proof=proof,
@@ -196,7 +203,16 @@ def publish(what: Publication) -> str:
             **facts_of(run, model),
         )
         (release / "README.md").write_text(model_card(facts), encoding="utf-8")
+        (release / "LICENSE").write_text(terms, encoding="utf-8")
         return send(what, release, token)
+
+
+def checked(what: Publication) -> str:
+    """The licence's text; UserError for what would else fail after all has been drawn."""
+    require_diffusers()
+    if what.credentials:
+        what.credentials.require()
+    return license_text(what.license, what.license_file, what.name.split("/")[0])
 
 
 def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
@@ -328,9 +344,9 @@ def verdict(images: list[Image.Image], what: Publication) -> tuple[str, str]:
 
 
 def save_samples(
-    images: list[Image.Image], request: Request, release: Path, name: str
+    images: list[Image.Image], request: Request, release: Path, what: Publication
 ) -> list[tuple[str, int, str]]:
-    """samples/NN.png with notes of their origin; (prompt, seed, file) of each."""
+    """samples/NN.png with notes of their origin, signed or not; (prompt, seed, file) of each."""
     (release / "samples").mkdir()
     saved = []
     for i, image in enumerate(images):
@@ -340,7 +356,9 @@ def save_samples(
             f"samples/{i:02d}.png",
         )
         about = {"prompt": prompt, "seed": seed, "steps": request.steps, "guidance": request.guidance}
-        image.save(release / file, pnginfo=provenance(model=name, **about))
+        image.save(release / file, pnginfo=provenance(model=what.name, **about))
+        if what.credentials:
+            what.credentials.sign(release / file)
         saved.append((prompt, seed, file))
     return saved
 
@@ -353,39 +371,3 @@ def parts_of(model: LatentDiffusion) -> list[tuple[str, str, str]]:
         parts[f"text_encoder{'_2' * i}"] = encoder
         names[f"text_encoder{'_2' * i}"] = type(encoder).__name__
     return [(k, names[k], f"{sum(p.numel() for p in part.parameters()):,}") for k, part in parts.items()]
-
-
-def add_publish(verbs: Any) -> None:
-    """`ldm publish`, for the command line."""
-    verb = verbs.add_parser("publish", help="prove that stock tools draw with a run's model, and upload it")
-    verb.add_argument("model", type=Path, metavar="RUN", help="the folder of a finished run")
-    verb.add_argument("name", metavar="NAMESPACE/NAME", help="where on the hub")
-    verb.add_argument("--license", required=True, metavar="ID", help="yours to choose, such as apache-2.0")
-    verb.add_argument("--private", action="store_true", help="for members of the namespace only")
-    verb.add_argument("--dry-run", action="store_true", help="do and show everything, upload nothing")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="leave what is published there, to look at")
-    verb.add_argument(
-        "--about", default="", metavar="TEXT", help="what the training pictures are, on which terms"
-    )
-    verb.add_argument("--data", metavar="P", help="the training pictures, to look for copies of them")
-    verb.add_argument("--accept-copies", action="store_true", help="publish although there are copies")
-    verb.add_argument(
-        "--checker", metavar="DIR", help="a stock safety checker for the samples: folder or hub name"
-    )
-    verb.add_argument("--looked-at", action="store_true", help="you have looked at the samples yourself")
-    verb.add_argument("--no-half", dest="half", action="store_false", help="without float16 weights")
-    verb.add_argument("--shard", default=SHARD, metavar="SIZE", help=f"largest weight file (default {SHARD})")
-    verb.add_argument(
-        "--prompt",
-        dest="prompts",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="of a sample; may be repeated",
-    )
-    verb.set_defaults(run=run_publish)
-
-
-def run_publish(options: argparse.Namespace) -> None:
-    said = {key: value for key, value in vars(options).items() if key not in ("run", "verb", "prompts")}
-    publish(Publication(**said, prompts=tuple(options.prompts)))

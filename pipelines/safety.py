@@ -89,8 +89,9 @@ class ClipSafetyChecker:
         special = self._over(embeds, "special_care_embeds")
         stricter = 0.01 * (special > 0).any(1, keepdim=True)
         concepts = self._over(embeds, "concept_embeds") + stricter
+        # A score that is no number flags too.
         return [
-            Verdict(flagged=bool((row > 0).any()), scores={str(i): float(x) for i, x in enumerate(row)})
+            Verdict(flagged=not bool((row <= 0).all()), scores={str(i): float(x) for i, x in enumerate(row)})
             for row in concepts
         ]
 
@@ -114,6 +115,26 @@ class ClipSafetyChecker:
             ]
         )
         return steps(image.convert("RGB"))
+
+
+def withheld(
+    images: Sequence[Image.Image], checker: SafetyChecker
+) -> tuple[list[Image.Image], list[Verdict]]:
+    """The pictures with a black one in the place of each that the checker flags, and what it said of all.
+
+    Raises:
+        UserError: the checker did not judge every picture, so that none is given out.
+    """
+    verdicts = checker(images)
+    if len(verdicts) != len(images):
+        raise UserError(
+            f"The checker {checker.name} judged {len(verdicts)} of {len(images)} pictures, so all are withheld."
+        )
+    shown = [
+        Image.new("RGB", image.size) if verdict.flagged else image
+        for image, verdict in zip(images, verdicts, strict=True)
+    ]
+    return shown, verdicts
 
 
 def _downloaded(name: str) -> Path:

@@ -7,25 +7,23 @@ folder is run, and no file outside of it is opened.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from autoencoder.untrusted import (
-    HEADER_BYTES,
     bounded,
     inside,
     read_header,
     read_json,
     require_finite,
     require_memory,
+    weight_files,
 )
-from ldm.encoders import Encoder, encoder_class
+from ldm.encoders import Encoder, encoder_class, quietly
 
 TOKENIZER_BYTES = 50_000_000  # of tokenizer.json
 MAX_LENGTH = 4096  # tokens of a caption
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 ENCODERS = (
     *("clip", "clip_text_model", "t5", "distilbert", "bert", "roberta", "xlm-roberta", "mpnet", "electra"),
     *("deberta", "deberta-v2", "albert", "modernbert", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"),
@@ -62,7 +60,8 @@ def load_encoder(model: Path, end: str) -> Encoder:
         )
     shape = AutoConfig.for_model(**told)
     made = encoder_class(shape, projects=bool(end))
-    header = {name: size for file in encoder_files(network) for name, size in read_header(file).items()}
+    files = weight_files(network, "model.safetensors")
+    header = {name: size for file in files for name, size in read_header(file).items()}
     with bounded(len(header), str(network / "config.json")):
         empty = made.from_config(shape) if made is AutoModel else made(made.config_class.from_dict(told))
     elements, held = sum(p.numel() for p in empty.parameters()), sum(map(math.prod, header.values()))
@@ -72,12 +71,10 @@ def load_encoder(model: Path, end: str) -> Encoder:
         )
     require_memory(max(elements, held), str(network))
     try:
-        encoder, found = made.from_pretrained(
-            network,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with quietly():
+            encoder, found = made.from_pretrained(
+                network, use_safetensors=True, output_loading_info=True, local_files_only=True
+            )
     except RuntimeError as problem:  # which names tensors of the wrong shape on lines of their own
         reason = " ".join(str(problem).split())[:300]
         raise ValueError(f"{network}: the weights do not fit config.json ({reason}).") from None
@@ -122,21 +119,6 @@ def known(path: Path, key: str, names: Collection[str]) -> dict[str, Any]:
     if runs := [word for word in RUNS if told.get(word) is not None]:
         raise ValueError(f"{path} has {runs[0]}, by which readers run code; it is not read.")
     return told
-
-
-def encoder_files(folder: Path) -> list[Path]:
-    """The safetensors files of a text encoder, one or shards; other formats are not read."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if not (folder / names[0]).is_file() and index.is_file():
-        shards = read_json(index, HEADER_BYTES).get("weight_map")
-        if not isinstance(shards, dict) or not all(SHARD.fullmatch(str(name)) for name in shards.values()):
-            raise ValueError(f"{index} names files that are no shards of model.safetensors.")
-        names = sorted(set(shards.values()))
-    for name in names:
-        if not inside(folder, name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}; other weight formats are not read.")
-    return [folder / name for name in names]
 
 
 def require_complete(folder: Path, found: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError
 
 from ldm.checkpoint import digest
@@ -60,12 +60,18 @@ class HubSession:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[HubSession]:
-        """While open, the hub's client gives up on a hub that does not answer: by itself it waits for ever."""
+        """While open, the hub's client gives up on a hub that does not answer: by itself it waits for ever.
+
+        Files go by plain HTTP: Xet (`hf_xet`) has a client of its own, which knows nothing of what is promised here
+        about time, retries and the token.
+        """
+        xet, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
         huggingface_hub.set_client_factory(self._client)
         try:
             yield self
         finally:
             huggingface_hub.set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=None))
+            constants.HF_HUB_DISABLE_XET = xet
 
     def _client(self) -> Any:
         hooks: dict[str, list[Callable[..., Any]]] = {"request": [self._before], "response": [self._after]}

@@ -7,6 +7,7 @@ import torch
 
 import train_ldm
 import train_vae
+from tests.encoders import publish
 from tests.support import TOY
 
 torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
@@ -21,3 +22,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny published text encoder of each kind."""
+    out = tmp_path_factory.mktemp("encoders")
+    return {kind: publish(kind, out / kind) for kind in ("clip", "projection", "t5", "bert")}

@@ -1,11 +1,21 @@
-"""Text encoders as they are published, but tiny and with random weights: folders with the usual class of tokenizer."""
+"""Text encoders as they are published, but tiny and with random weights, and models that are told by them."""
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from ldm.conditioning import ConditioningConfig, make_conditioner
+from ldm.encoders import TextConfig
+from ldm.paths import VP
+from ldm.prediction import make_prediction
+from ldm.unet import UNet
+from ldm.unet_config import UNetConfig
+from pipelines import LatentDiffusion
 
 CAPTIONS = ["a red circle", "a blue square", "a red square on a green background", "many words " * 20]
 WIDTH, PROJECTED = 16, 12
@@ -85,3 +95,58 @@ def publish(kind: str, folder: Path) -> Path:
     tokenizer.save_pretrained(folder)
     assert type(AutoTokenizer.from_pretrained(folder)) is type(tokenizer)
     return folder
+
+
+ENCODERS = {
+    "clip": ("clip",),
+    "t5": ("t5",),
+    "bert": ("bert",),
+    "projection alone": ("projection",),
+    "pair": ("clip", "projection"),
+}
+
+
+def config(encoders: dict[str, Path], name: str, weights: str = "pretrained", **more: Any) -> TextConfig:
+    keys = zip(("encoder", "encoder_2"), ENCODERS[name], strict=False)
+    named: Any = {key: str(encoders[kind]) for key, kind in keys}
+    return TextConfig(**named, weights=weights, max_length=12, **more)
+
+
+def conditioner(text: TextConfig, kind: Any = "text") -> Any:
+    torch.manual_seed(0)
+    return make_conditioner(ConditioningConfig(kind=kind, text=text), CAPTIONS, ("plum", "lime")).eval()
+
+
+def model_of(conditioner: Any, **network: Any) -> LatentDiffusion:
+    """A tiny model with random weights that is told this."""
+    torch.manual_seed(1)
+    autoencoder = AutoencoderKL(
+        AutoencoderConfig(
+            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=1.0
+        )
+    ).eval()
+    cond = conditioner.null(1)
+    if cond.pooled is not None:
+        network |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        network["projection_class_embeddings_input_dim"] = cond.pooled.shape[-1] + 48
+    unet = UNet(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            cross_attention_dim=cond.tokens.shape[-1],
+            **network,
+        )
+    ).eval()
+    path = VP()
+    return LatentDiffusion(
+        autoencoder=autoencoder,
+        unet=unet,
+        conditioner=conditioner,
+        path=path,
+        prediction=make_prediction("epsilon", path),
+    )

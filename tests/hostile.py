@@ -6,6 +6,7 @@ Counts exceptions that are none of ours, files opened outside of the folder, and
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import resource
@@ -38,18 +39,23 @@ def places(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield from places(value)
 
 
+def value_for(rng: random.Random) -> Any:
+    """One of `VALUES`, a copy: it may be mutated too."""
+    return copy.deepcopy(rng.choice(VALUES))
+
+
 def mutated_json(path: Path, rng: random.Random) -> str:
     tree = json.loads(path.read_text())
     for _ in range(rng.choice((1, 1, 2, 4))):
         container, key = rng.choice(list(places(tree)))
         action = rng.random()
         if action < 0.6:
-            container[key] = rng.choice(VALUES)
+            container[key] = value_for(rng)
         elif action < 0.8:
             del container[key]
         elif isinstance(container, dict):
             container[rng.choice(("auto_map", "x", "_class_name", "vocab_file", "quantization_config"))] = (
-                rng.choice(VALUES)
+                value_for(rng)
             )
         if not list(places(tree)):
             break
@@ -74,7 +80,7 @@ def mutated_header(data: bytes, rng: random.Random) -> bytes:
     else:
         tree = json.loads(header)
         container, key = rng.choice(list(places(tree)))
-        container[key] = rng.choice(VALUES)
+        container[key] = value_for(rng)
         header = bytearray(json.dumps(tree).encode())
     return struct.pack("<Q", len(header)) + bytes(header) + rest
 

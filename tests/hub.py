@@ -3,7 +3,7 @@
 A small real server, not a mock: it keeps commits, blobs and LFS objects, checks sizes, sha256 and bearer tokens, and
 answers with the status codes, error headers and redirects of the real hub. LFS objects live on another host name
 (localhost instead of 127.0.0.1), as the real hub's do: the token must not reach it. `fail` injects faults; `requests`
-holds every request with its body. Xet is not spoken: set HF_HUB_DISABLE_XET=1.
+holds every request with its body. Xet is not spoken.
 """
 
 from __future__ import annotations

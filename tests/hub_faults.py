@@ -13,8 +13,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import huggingface_hub.constants
-
 from ldm.config import UserError
 from tests.hub import Hub
 from tests.test_upload import CONTENT, NAME, TOKEN, USED, holds, published_nothing, sent
@@ -32,7 +30,6 @@ SECONDS = 60
 def tried(case: tuple[str, str, int]) -> dict:
     """One publication with one fault."""
     endpoint, fault, times = case
-    huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     began, said = time.monotonic(), ""
     with tempfile.TemporaryDirectory() as folder, Hub(Path(folder) / "hub", chunk=50_000) as hub:
         hub.fail(endpoint, times=times, **FAULTS[fault])

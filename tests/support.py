@@ -11,6 +11,10 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
+PROMPTS = [
+    "a large red circle at the top left on a white background",
+    "a small blue star at the center on a black background",
+]
 
 
 def started(*command: str, processes: int = 1, cwd: Path = ROOT, **popen: object) -> subprocess.Popen:

@@ -1,6 +1,10 @@
 """Every shipped recipe is understood, and its networks can be built."""
 
+import ast
+import inspect
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -64,3 +68,20 @@ def test_settings_newer_than_a_run_have_their_defaults_in_it() -> None:
         prog="test",
     )
     assert differences(filled(old, changed), plain(changed)) == ["ema_every was 0 and is 5"]
+
+
+def undocumented(kind: type) -> list[str]:
+    """Settings of a dataclass, and of those in it, that no docstring follows."""
+    body = ast.parse(inspect.getsource(kind)).body[0].body
+    after = dict(zip(body, [*body[1:], None], strict=True))
+    said = {n.target.id for n in after if isinstance(n, ast.AnnAssign) and isinstance(after[n], ast.Expr)}
+    types = get_type_hints(kind)
+    own = [f.name for f in fields(kind) if not is_dataclass(types[f.name])]
+    missing = [f"{kind.__name__}.{name}" for name in own if name not in said]
+    groups = [types[f.name] for f in fields(kind) if is_dataclass(types[f.name])]
+    return missing + [name for group in groups for name in undocumented(group)]
+
+
+@pytest.mark.parametrize("script", [train_vae, train_ldm])
+def test_every_setting_says_what_it_is(script) -> None:
+    assert undocumented(script.Recipe) == []

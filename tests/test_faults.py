@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -339,6 +340,9 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path: Path) -> None:
     assert ended(forked(work, tmp_path / "log")) == 1
     said = (tmp_path / "log").read_text()
     assert "out of memory" in said and "run.accumulate" in said and "Traceback" not in said
+    assert re.search(
+        r"weights 0\.\d+ GB, .* leave at most [\d.]+ GB of [\d.]+ GB for the activations of 4 samp", said
+    )
     assert trained(tmp_path / "run") == 0
 
 

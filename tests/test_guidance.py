@@ -10,7 +10,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import resca
 
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
-from ldm.guidance import Projection, Threshold, guided
+from ldm.guidance import Guidance, Projection, Threshold, guided
 from ldm.paths import EDM, VP, Flow
 from ldm.prediction import make_prediction
 from ldm.samplers import SAMPLERS
@@ -53,7 +53,7 @@ def test_scale_one_is_no_guidance_bit_for_bit_and_costs_one_pass(options, sample
     model, grid, x = denoiser(), Flow().grid(6), normal()
     plain = SAMPLERS[sampler](lambda x, level: model(x, level, COND), x, grid, noise=normal)
     model.network.samples = 0
-    found = SAMPLERS[sampler](guided(model, COND, NULL, 1.0, **OPTIONS[options]), x, grid, noise=normal)
+    found = SAMPLERS[sampler](guided(model, COND, NULL, Guidance(**OPTIONS[options])), x, grid, noise=normal)
     assert torch.equal(found, plain)
     assert (model.network.samples, len(x)) == (6 * 3, 3)
 
@@ -81,7 +81,7 @@ def test_rescale_is_that_of_stock_pipelines(share):
     model, level = denoiser(path, "epsilon"), path.grid(10)[4]
     to, away = model.output(x, level, COND), model.output(x, level, NULL)
     expected = rescale_noise_cfg(away + 5 * (to - away), to, share)
-    found = guided(model, COND, NULL, 5.0, rescale=share)(x, level)
+    found = guided(model, COND, NULL, Guidance(scale=5.0, rescale=share))(x, level)
     assert torch.allclose(found, model.to_x0(x, expected, level))
 
 
@@ -94,14 +94,14 @@ def test_interval_costs_two_inside_and_one_outside(interval, inside):
     ratio = grid.sigma[:-1] / grid.alpha[:-1]
     within = int(((ratio > interval[0]) & (ratio <= interval[1])).sum())
     assert inside in (None, within) and (inside is not None or 0 < within < 10)
-    SAMPLERS["euler"](guided(model, COND, NULL, 3.0, interval=interval), normal(), grid)
+    SAMPLERS["euler"](guided(model, COND, NULL, Guidance(scale=3.0, interval=interval)), normal(), grid)
     assert model.network.calls == 10
     assert model.network.samples == 3 * (10 + within)
 
 
 def test_interval_leaves_the_plain_estimate_outside():
     model, grid, x = denoiser(), Flow().grid(10), normal()
-    denoise = guided(model, COND, NULL, 3.0, interval=(0.3, 3.0))
+    denoise = guided(model, COND, NULL, Guidance(scale=3.0, interval=(0.3, 3.0)))
     assert torch.equal(denoise(x, grid[0]), model(x, grid[0], COND))
     assert torch.equal(denoise(x, grid[5]), guided(model, COND, NULL, 3.0)(x, grid[5]))
 
@@ -111,9 +111,8 @@ def test_interval_leaves_the_plain_estimate_outside():
 @pytest.mark.parametrize("parallel", [0.0, 0.4, 1.0])
 def test_projection_is_that_of_diffusers(momentum, norm, parallel):
     model, grid = denoiser(), Flow().grid(5)
-    denoise = guided(
-        model, COND, NULL, 6.0, projection=Projection(parallel=parallel, norm=norm, momentum=momentum)
-    )
+    by = Projection(parallel=parallel, norm=norm, momentum=momentum)
+    denoise = guided(model, COND, NULL, Guidance(scale=6.0, projection=by))
     buffer = MomentumBuffer(momentum)
     for i in range(3):  # the momentum is felt from the second step on
         x, level = normal(i, torch.float64), grid[i]
@@ -126,7 +125,7 @@ def test_projection_is_that_of_diffusers(momentum, norm, parallel):
 def test_full_projection_is_plain_guidance_and_costs_the_same():
     model, x, level = denoiser(), normal(dtype=torch.float64), Flow().grid(5)[1]
     plain = guided(model, COND, NULL, 3.0)(x, level)
-    found = guided(model, COND, NULL, 3.0, projection=Projection(parallel=1.0))(x, level)
+    found = guided(model, COND, NULL, Guidance(scale=3.0, projection=Projection(parallel=1.0)))(x, level)
     assert torch.allclose(found, plain)
     assert model.network.calls == 2
 
@@ -155,7 +154,7 @@ def test_threshold_is_that_of_stock_schedulers_and_scales_with_its_limit():
 def test_threshold_bounds_the_guided_estimate():
     x, level = normal(), Flow().grid(5)[1]
     wild = guided(denoiser(), COND, NULL, 30.0)(x, level)
-    tame = guided(denoiser(), COND, NULL, 30.0, threshold=Threshold(limit=3.0))(x, level)
+    tame = guided(denoiser(), COND, NULL, Guidance(scale=30.0, threshold=Threshold(limit=3.0)))(x, level)
     assert wild.abs().max() > 3.1 and tame.abs().max() <= 3.00001
 
 
@@ -171,11 +170,11 @@ def test_a_model_that_is_told_nothing_costs_one_pass():
         (lambda: guided(denoiser(), COND, NULL, math.nan), "guidance scale is nan, but must be finite"),
         (lambda: guided(denoiser(), COND, NULL, math.inf), "guidance scale is inf, but must be finite"),
         (lambda: guided(denoiser(), COND, None, 2.0), "guidance scale is 2.0, but null is None"),
-        (lambda: guided(denoiser(), COND, NULL, 2.0, rescale=1.5), "rescale is 1.5"),
-        (lambda: guided(denoiser(), COND, NULL, 2.0, rescale=math.nan), "rescale is nan"),
-        (lambda: guided(denoiser(), COND, NULL, 2.0, interval=(2.0, 1.0)), "interval is"),
-        (lambda: guided(denoiser(), COND, NULL, 2.0, interval=(math.nan, 1.0)), "interval is"),
-        (lambda: guided(denoiser(), COND, NULL, 2.0, rescale=0.5, projection=Projection()), "projection"),
+        (lambda: Guidance(rescale=1.5), "rescale is 1.5"),
+        (lambda: Guidance(rescale=math.nan), "rescale is nan"),
+        (lambda: Guidance(interval=(2.0, 1.0)), "interval is"),
+        (lambda: Guidance(interval=(math.nan, 1.0)), "interval is"),
+        (lambda: Guidance(rescale=0.5, projection=Projection()), "projection"),
         (lambda: guided(denoiser(), COND, None, 2.0, weak=denoiser(VP(), "v")), "weak has another path"),
         (lambda: Projection(parallel=-1.0), "parallel is -1.0"),
         (lambda: Projection(norm=0.0), "norm is 0.0"),

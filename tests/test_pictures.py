@@ -5,7 +5,9 @@ import json
 import os
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -97,11 +99,14 @@ def test_bad_bytes_are_refused_in_words(name: str) -> None:
         decoded(name, content(Stored(name, data=data)), 64, whole=True)
 
 
-def a_run(out: Path) -> SimpleNamespace:
-    """What `inspected` needs of a run, on one process."""
+def a_run(out: Path, rank: int = 0, together: Barrier | None = None) -> SimpleNamespace:
+    """What `inspected` needs of a run, on one process or one of those that meet at a barrier."""
     said: list[str] = []
-    accelerator = SimpleNamespace(wait_for_everyone=lambda: None)
-    return SimpleNamespace(out=out, main=True, accelerator=accelerator, say=said.append, said=said)
+    together = together or Barrier(1)
+    accelerator = SimpleNamespace(
+        wait_for_everyone=together.wait, process_index=rank, num_processes=together.parties
+    )
+    return SimpleNamespace(out=out, main=rank == 0, accelerator=accelerator, say=said.append, said=said)
 
 
 def plant(folder: Path) -> dict[str, str]:
@@ -167,6 +172,22 @@ def test_a_mended_picture_is_seen_again_and_others_are_not_read_twice(tmp_path: 
     assert not (tmp_path / "run" / "bad_pictures.jsonl").exists()
 
 
+def test_processes_share_the_looking_and_find_what_one_finds(tmp_path: Path) -> None:
+    planted = plant(tmp_path / "data")
+    for i in range(70):
+        (tmp_path / "data" / f"good-{i:02d}.png").write_bytes(PNG)
+    config = DataConfig(path=str(tmp_path / "data"), size=8, bad_share=0.95)
+    alone, three = a_run(tmp_path / "alone"), Barrier(3, timeout=60)
+    runs = [a_run(tmp_path / "shared", rank, three) for rank in range(3)]
+    expected = inspected(open_source(config), alone)
+    with ThreadPoolExecutor() as pool:
+        found = [*pool.map(lambda run: inspected(open_source(config), run), runs)]
+    assert {one.fingerprint for one in found} == {expected.fingerprint} and len(expected) == 70
+    bad, cache = (tmp_path / "shared" / name for name in ("bad_pictures.jsonl", "cache"))
+    assert bad.read_text() == (tmp_path / "alone" / bad.name).read_text()
+    assert len(bad.read_text().splitlines()) == len(planted) and len([*cache.iterdir()]) == 1
+
+
 def test_the_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
     prints = []
     for name in ("here", "there"):
@@ -196,7 +217,9 @@ def test_a_dead_worker_is_one_sentence() -> None:
         def __getitems__(self, items: list[int]) -> None:
             os._exit(9)
 
-    with pytest.raises(UserError, match=r"a process that prepares batches is gone .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"a process that prepares batches is gone .* run the same command again"
+    ):
         list(read(Deadly(), [[0]], 1))
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion, gate
 from pipelines.cli import main as ldm
+from pipelines.memorisation import find_copies
 from pipelines.publish import Publication, publish
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
@@ -35,7 +37,6 @@ def published(chain: Path, tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("hub")
     with Hub(folder / "hub", chunk=50_000) as hub:
         client = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "home"), "HF_TOKEN": "hf_test_write"}
-        client["HF_HUB_DISABLE_XET"] = "1"
         patch = pytest.MonkeyPatch()
         for key, value in client.items():
             patch.setenv(key, value)
@@ -184,12 +185,12 @@ def test_models_without_captions_open_in_stock_diffusers(chain: Path, tmp_path: 
 
 def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path) -> None:
     model = LatentDiffusion.from_pretrained(chain / "ldm")
-    request = gate.Request(prompts=tuple(PROMPTS), count=2, steps=2)
-    before, _ = gate.scan_half(model, request)
+    draw = partial(model, list(PROMPTS), steps=2)
+    before, _ = gate.scan_half(model, draw)
     with torch.no_grad():
         model.unet.conv_out.weight.zero_()
         model.unet.conv_out.bias.fill_(-7e4)
-    after, _ = gate.scan_half(model, request)
+    after, _ = gate.scan_half(model, draw)
     assert before.safe and not after.safe and after.largest >= 7e4
 
 
@@ -204,7 +205,7 @@ def test_a_copy_of_a_training_picture_is_found_and_a_new_one_is_not() -> None:
     source = open_source(DataConfig(size=32))
     copy = source.picture(5, 32).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8))
-    found = gate.find_copies([copy, noise], source)
+    found = find_copies([copy, noise], source)
     assert (found.count, found.total, found.nearest[0]) == (1, 2, 5)
 
 

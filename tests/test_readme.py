@@ -1,4 +1,4 @@
-"""What the README shows runs as shown."""
+"""What the README and the manual show runs as shown."""
 
 import os
 import re
@@ -11,15 +11,18 @@ import pytest
 
 import train_ldm
 import train_vae
-from ldm.config import load
+from ldm.config import DRY_RUN, load, without
 from pipelines.cli import parser
 from tests.support import ROOT
 
 README = (ROOT / "README.md").read_text()
 
 
+MANUAL = (ROOT / "docs" / "manual.md").read_text()
+
+
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", README + MANUAL, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
@@ -42,7 +45,7 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[0] == "python":
         script = {"train_vae.py": train_vae, "train_ldm.py": train_ldm}[words[1]]
-        load(script.Recipe, words[2:], prog=words[1])
+        load(script.Recipe, without(DRY_RUN, words[2:])[0], prog=words[1])
     elif words[0] == "ldm":
         parser().parse_args(words[1:])
     else:
@@ -51,6 +54,14 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
             ["pip", "install", "-e"],
             ["source", ".venv/bin/activate"],
         )
+
+
+def test_links_lead_somewhere() -> None:
+    for text, folder in ((README, ROOT), (MANUAL, ROOT / "docs")):
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            assert link[1:] in anchors if link.startswith("#") else (folder / link).exists(), link
 
 
 def test_the_file_tree_is_the_one_there_is() -> None:

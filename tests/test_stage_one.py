@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from autoencoder.vq import VQConfig, VQModel
 from pipelines.stage_one import open_autoencoder
 
 
@@ -30,3 +31,11 @@ def test_a_stock_scale_alone_stays_as_it_is(tmp_path: Path) -> None:
     config = AutoencoderConfig(block_out_channels=(8,), norm_num_groups=4, scaling_factor=0.2)
     AutoencoderKL(config).save_pretrained(tmp_path)
     assert open_autoencoder(str(tmp_path)).config.scaling_factor == pytest.approx(0.2)
+
+
+def test_a_codebook_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    VQModel(VQConfig(block_out_channels=(8,), norm_num_groups=4)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="VQModel, but AutoencoderKL is wanted: give a folder that holds a saved"
+    ):
+        open_autoencoder(str(tmp_path))

@@ -10,86 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
 
-import train_ldm
-from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import ClassAndText, ConditioningConfig, Text, make_conditioner
 from ldm.config import UserError
 from ldm.encoders import TextConfig
-from ldm.paths import VP
-from ldm.prediction import make_prediction
-from ldm.unet import UNet
-from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
-from pipelines.cli import main as ldm
-from tests.encoders import CAPTIONS, PROJECTED, WIDTH, publish
-from tests.support import ROOT, TOY, newest_weights
+from tests.encoders import CAPTIONS, ENCODERS, PROJECTED, WIDTH, conditioner, config, model_of
+from tests.support import ROOT
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
 
-ENCODERS = {
-    "clip": ("clip",),
-    "t5": ("t5",),
-    "bert": ("bert",),
-    "projection alone": ("projection",),
-    "pair": ("clip", "projection"),
-}
 EVERY_ENCODER = pytest.mark.parametrize("name", ENCODERS)
 WEIGHTS = pytest.mark.parametrize("weights", ["pretrained", "random"])
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    out = tmp_path_factory.mktemp("encoders")
-    return {kind: publish(kind, out / kind) for kind in ("clip", "projection", "t5", "bert")}
-
-
-def config(published: dict[str, Path], name: str, weights: str = "pretrained", **more: Any) -> TextConfig:
-    keys = zip(("encoder", "encoder_2"), ENCODERS[name], strict=False)
-    named: Any = {key: str(published[kind]) for key, kind in keys}
-    return TextConfig(**named, weights=weights, max_length=12, **more)
-
-
-def conditioner(text: TextConfig, kind: Any = "text") -> Any:
-    torch.manual_seed(0)
-    return make_conditioner(ConditioningConfig(kind=kind, text=text), CAPTIONS, ("plum", "lime")).eval()
-
-
-def model_of(conditioner: Any, **network: Any) -> LatentDiffusion:
-    """A tiny model with random weights that is told this."""
-    torch.manual_seed(1)
-    autoencoder = AutoencoderKL(
-        AutoencoderConfig(
-            block_out_channels=(8, 16), norm_num_groups=4, latent_channels=4, scaling_factor=1.0
-        )
-    ).eval()
-    cond = conditioner.null(1)
-    if cond.pooled is not None:
-        network |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-        network["projection_class_embeddings_input_dim"] = cond.pooled.shape[-1] + 48
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            cross_attention_dim=cond.tokens.shape[-1],
-            **network,
-        )
-    ).eval()
-    path = VP()
-    return LatentDiffusion(
-        autoencoder=autoencoder,
-        unet=unet,
-        conditioner=conditioner,
-        path=path,
-        prediction=make_prediction("epsilon", path),
-    )
 
 
 def told(text: Text, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -101,9 +33,9 @@ def told(text: Text, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | 
 @EVERY_ENCODER
 @WEIGHTS
 def test_stock_pipelines_feed_their_unet_the_same(
-    name: str, weights: str, published: dict[str, Path], tmp_path: Path
+    name: str, weights: str, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    text = conditioner(config(published, name, weights))
+    text = conditioner(config(encoders, name, weights))
     model_of(text).save_pretrained(tmp_path)
     stock = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     xl = "projection" in ENCODERS[name]
@@ -129,8 +61,8 @@ def test_stock_pipelines_feed_their_unet_the_same(
 
 
 @EVERY_ENCODER
-def test_stock_pipelines_draw_the_same(name: str, published: dict[str, Path], tmp_path: Path) -> None:
-    model = model_of(conditioner(config(published, name)))
+def test_stock_pipelines_draw_the_same(name: str, encoders: dict[str, Path], tmp_path: Path) -> None:
+    model = model_of(conditioner(config(encoders, name)))
     with torch.no_grad():
         for weight in model.unet.parameters():
             weight += 0.05 * torch.randn_like(weight)
@@ -157,9 +89,9 @@ def test_stock_pipelines_draw_the_same(name: str, published: dict[str, Path], tm
 
 @pytest.mark.parametrize("spacing", [None, "karras", "exponential"])
 def test_the_spacing_of_steps_is_saved_and_stock_pipelines_follow_it(
-    spacing: Any, published: dict[str, Path], tmp_path: Path
+    spacing: Any, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = replace(model_of(conditioner(config(published, "clip"))), spacing=spacing)
+    model = replace(model_of(conditioner(config(encoders, "clip"))), spacing=spacing)
     model.save_pretrained(tmp_path)
     again = LatentDiffusion.from_pretrained(tmp_path)
     assert again.spacing == (spacing or "trailing")
@@ -179,8 +111,8 @@ def test_the_spacing_of_steps_is_saved_and_stock_pipelines_follow_it(
         again(CAPTIONS[0], steps=5, spacing="karas")
 
 
-def test_zeros_as_null_are_kept_as_sdxl_has_them(published: dict[str, Path], tmp_path: Path) -> None:
-    text = conditioner(config(published, "pair"))
+def test_zeros_as_null_are_kept_as_sdxl_has_them(encoders: dict[str, Path], tmp_path: Path) -> None:
+    text = conditioner(config(encoders, "pair"))
     model_of(text).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["force_zeros_for_empty_prompt"] is False and text.null(1).tokens.any()
@@ -197,8 +129,8 @@ def test_zeros_as_null_are_kept_as_sdxl_has_them(published: dict[str, Path], tmp
 
 
 @EVERY_ENCODER
-def test_dropping_is_the_same_with_and_without_a_cache(name: str, published: dict[str, Path]) -> None:
-    text = conditioner(config(published, name))
+def test_dropping_is_the_same_with_and_without_a_cache(name: str, encoders: dict[str, Path]) -> None:
+    text = conditioner(config(encoders, name))
     drop, read = torch.tensor([True, False, False, True]), text.read(CAPTIONS)
     plain, cached = text(read | {"drop": drop}), text(text.encode(read) | {"drop": drop})
     null, kept = text.null(4), text(read)
@@ -213,16 +145,16 @@ def test_dropping_is_the_same_with_and_without_a_cache(name: str, published: dic
 
 
 @EVERY_ENCODER
-def test_published_weights_are_frozen(name: str, published: dict[str, Path]) -> None:
-    text = conditioner(config(published, name)).train()
+def test_published_weights_are_frozen(name: str, encoders: dict[str, Path]) -> None:
+    text = conditioner(config(encoders, name)).train()
     assert not any(weight.requires_grad for weight in text.parameters())
     assert not any(part.training for part in text.modules())
     assert not told(text, CAPTIONS)[0].requires_grad
 
 
 @EVERY_ENCODER
-def test_random_weights_learn_and_read_the_captions_words(name: str, published: dict[str, Path]) -> None:
-    text = conditioner(config(published, name, "random", vocabulary=6)).train()
+def test_random_weights_learn_and_read_the_captions_words(name: str, encoders: dict[str, Path]) -> None:
+    text = conditioner(config(encoders, name, "random", vocabulary=6)).train()
     assert all("square" in t.get_vocab() and "zebra" not in t.get_vocab() for t in text.tokenizers)
     cond = text(text.read(CAPTIONS))
     (cond.tokens.square().sum() + (0 if cond.pooled is None else cond.pooled.square().sum())).backward()
@@ -233,15 +165,15 @@ def test_random_weights_learn_and_read_the_captions_words(name: str, published: 
     first = torch.cat([p.flatten() for p in text.parameters()])
     torch.manual_seed(0)
     other = make_conditioner(
-        ConditioningConfig(text=config(published, name, "random", vocabulary=6)), CAPTIONS[::-1], ()
+        ConditioningConfig(text=config(encoders, name, "random", vocabulary=6)), CAPTIONS[::-1], ()
     )
     assert torch.equal(first, torch.cat([p.flatten() for p in other.parameters()])), (
         "not of the order of captions"
     )
 
 
-def test_class_and_caption_are_dropped_together(published: dict[str, Path]) -> None:
-    both = conditioner(config(published, "pair"), kind="class+text")
+def test_class_and_caption_are_dropped_together(encoders: dict[str, Path]) -> None:
+    both = conditioner(config(encoders, "pair"), kind="class+text")
     assert isinstance(both, ClassAndText)
     drop = torch.tensor([True, False])
     cond = both(both.read(CAPTIONS[:2], ["lime", "lime"]) | {"drop": drop})
@@ -255,9 +187,9 @@ def test_class_and_caption_are_dropped_together(published: dict[str, Path]) -> N
 
 @pytest.mark.parametrize("name", ["clip", "pair"])
 def test_class_and_caption_are_saved_and_drawn_with(
-    name: str, published: dict[str, Path], tmp_path: Path
+    name: str, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    model = model_of(conditioner(config(published, name), kind="class+text"), num_class_embeds=3)
+    model = model_of(conditioner(config(encoders, name), kind="class+text"), num_class_embeds=3)
     with torch.no_grad():
         model.unet.class_embedding.weight.mul_(3)
     model.save_pretrained(tmp_path)
@@ -283,56 +215,6 @@ def test_class_and_caption_are_saved_and_drawn_with(
             again(**bad)
 
 
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of two classes, with captions beside them."""
-    out = tmp_path_factory.mktemp("fruit")
-    for name, colour in (("plum", (90, 20, 90)), ("lime", (60, 200, 40))):
-        (out / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (20 + i, 18), colour).save(out / name / f"{i}.png")
-            (out / name / f"{i}.txt").write_text(f"a {'red' if i else 'green'} {name}")
-    return out
-
-
-def recipe(
-    chain: Path, fruit: Path, published: dict[str, Path], name: str, out: Path, more: str
-) -> list[str]:
-    flags = (
-        f"--config {TOY}/ldm-plain.yaml --data.path {fruit} --autoencoder {chain}/vae --run.out {out} {more}"
-    )
-    for key, kind in zip(("encoder", "encoder_2"), ENCODERS[name], strict=False):
-        flags += f" --conditioning.text.{key} {published[kind]}"
-    return flags.split()
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "weights"),
-    [("pair", "text", "pretrained"), ("pair", "text", "random"), ("t5", "class+text", "random")],
-)
-def test_they_are_trained_with(
-    name: str, kind: str, weights: str, chain: Path, fruit: Path, published: dict[str, Path], tmp_path: Path
-) -> None:
-    flags = f"--conditioning.kind {kind} --conditioning.text.weights {weights} --conditioning.dropout 0.4"
-    train_ldm.main(recipe(chain, fruit, published, name, tmp_path / "run", flags))
-    model = LatentDiffusion.from_pretrained(tmp_path / "run")
-    learned = newest_weights(tmp_path / "run")
-    assert any(key.startswith("conditioner/") for key in learned) == (weights == "random")
-    cached = [load_file(file) for file in (tmp_path / "run" / "cache").glob("text-*/*.safetensors")]
-    keys = {"tokens", "pooled"} if weights == "pretrained" else set(model.conditioner.read(["a"], ["lime"]) if
-        kind == "class+text" else model.conditioner.read(["a"])) - {"label"}  # fmt: skip
-    assert [set(shard) for shard in cached] == [keys]
-    if kind == "class+text":
-        assert len(model("a red lime", classes="lime", steps=2, n=2)) == 2
-        return
-    stock = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "run" / "model")
-    stock.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(3)
-    theirs = stock("a red lime", num_inference_steps=4, guidance_scale=3.0, generator=generator).images[0]
-    ours = model("a red lime", steps=4, guidance=3.0, seed=3)[0]
-    assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
-
-
 @pytest.fixture
 def process_group(tmp_path: Path):
     """A real process group, of this process alone."""
@@ -343,9 +225,9 @@ def process_group(tmp_path: Path):
 
 @EVERY_ENCODER
 def test_every_learning_weight_gets_a_gradient_that_processes_wait_for(
-    name: str, published: dict[str, Path], process_group: None
+    name: str, encoders: dict[str, Path], process_group: None
 ) -> None:
-    text = conditioner(config(published, name, "random")).train()
+    text = conditioner(config(encoders, name, "random")).train()
     parallel = torch.nn.parallel.DistributedDataParallel(text)
     for _ in range(
         2
@@ -354,47 +236,15 @@ def test_every_learning_weight_gets_a_gradient_that_processes_wait_for(
         (cond.tokens.sum() + (0 if cond.pooled is None else cond.pooled.sum())).backward()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--network.addition_time_embed_dim 8", "network.addition_time_embed_dim is 8"),
-        ("--show.classes [plum]", "classes are given, but this model is not told both"),
-    ],
-)
-def test_recipes_that_say_too_much_are_refused(
-    flags: str,
-    message: str,
-    chain: Path,
-    fruit: Path,
-    published: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with pytest.raises(SystemExit):
-        train_ldm.main(recipe(chain, fruit, published, "clip", tmp_path / "run", flags))
-    assert message in capsys.readouterr().err
-
-
-def test_the_command_draws_classes_with_captions(published: dict[str, Path], tmp_path: Path) -> None:
-    model_of(conditioner(config(published, "clip"), kind="class+text"), num_class_embeds=3).save_pretrained(
-        tmp_path / "model"
-    )
-    flags = f"--class lime --class plum --n 2 --steps 2 --out {tmp_path}/out".split()
-    ldm(["generate", str(tmp_path / "model"), "a red circle", "a blue square", *flags])
-    drawn = [Image.open(tmp_path / "out" / f"{i:04d}.png").text for i in range(4)]
-    assert [note["class"] for note in drawn] == ["lime", "lime", "plum", "plum"]
-    assert [note["prompt"] for note in drawn][1:3] == ["a red circle", "a blue square"]
-
-
-def test_sizes_are_told_as_stock_pipelines_tell_them(published: dict[str, Path]) -> None:
-    text = conditioner(config(published, "pair"))
+def test_sizes_are_told_as_stock_pipelines_tell_them(encoders: dict[str, Path]) -> None:
+    text = conditioner(config(encoders, "pair"))
     cond = text.null(2).sized(24, 16)
     stock = diffusers.StableDiffusionXLPipeline._get_add_time_ids
     config_, unet = model_of(text).unet.config, diffusers.UNet2DConditionModel
     fake = type("Stock", (), {"unet": unet(**replace(config_).__dict__)})()
     told = stock(fake, (24, 16), (0, 0), (24, 16), torch.float32, PROJECTED)
     assert torch.equal(cond.time_ids, told.repeat(2, 1))
-    plain = conditioner(config(published, "clip")).null(2)
+    plain = conditioner(config(encoders, "clip")).null(2)
     assert plain.sized(24, 16) is plain
 
 
@@ -421,8 +271,8 @@ def test_settings_that_would_be_ignored_are_refused(given: Any, message: str) ->
         TextConfig(**given)
 
 
-def test_encoders_that_do_not_go_together_are_refused(published: dict[str, Path], tmp_path: Path) -> None:
-    clip, bert, projection = (str(published[kind]) for kind in ("clip", "bert", "projection"))
+def test_encoders_that_do_not_go_together_are_refused(encoders: dict[str, Path], tmp_path: Path) -> None:
+    clip, bert, projection = (str(encoders[kind]) for kind in ("clip", "bert", "projection"))
     for one, two, message in (
         (clip, bert, "it is a bert model, but must be a CLIP text encoder with a projection"),
         (clip, clip, "has no weights for text_projection.weight"),

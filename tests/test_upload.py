@@ -27,7 +27,6 @@ USED = [name for name in ENDPOINTS if name != "tree"]
 
 @pytest.fixture(autouse=True)
 def quiet_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
 
@@ -175,7 +174,6 @@ upload(release_, release(release_), HubSession(NAME, TOKEN), private=False)
 def test_killed_while_uploading_and_run_again_it_is_complete(hub: Hub, tmp_path: Path) -> None:
     environment = os.environ | {
         "HF_ENDPOINT": hub.endpoint,
-        "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", UPLOAD, str(tmp_path / "release")]

@@ -1,0 +1,66 @@
+"""Figures of merit against one setting of drawing: guidance, steps or sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from ldm.config import UserError
+from pipelines.compare import read_result
+from pipelines.evaluate import Evaluation, evaluate
+
+Setting = Literal["guidance", "steps", "sampler"]
+SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
+"""Figures that a plot shows, as far as they were measured"""
+
+
+def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
+    """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
+
+    What is there already is taken for done: remove it to have it measured again.
+    """
+    files = []
+    for value in values:
+        file = folder / f"{setting}-{value}.json"
+        if not file.exists():
+            evaluate(model, replace(what, drawing=replace(what.drawing, **{setting: value})), file)
+        files.append(file)
+    return files
+
+
+def plot(files: Sequence[Path], setting: Setting) -> Figure:
+    """Each figure against the setting, with its interval, a panel a figure.
+
+    Raises:
+        UserError: the results differ in more than that setting, or hold no figure that is shown.
+    """
+    from pipelines.protocol import differing
+
+    results = [read_result(file) for file in files]
+    for result, file in zip(results, files, strict=True):
+        if unlike := differing(results[0]["protocol"], result["protocol"], [setting]):
+            raise UserError(f"{files[0]} and {file} differ in more than {setting}: {'; '.join(unlike)}.")
+    names = [name for name in SHOWN if all(name in result["figures"] for result in results)]
+    if not names:
+        raise UserError(f"{files[0]} has none of the figures that are plotted: {', '.join(SHOWN)}.")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    at = [result["protocol"][setting] for result in results]
+    for axes, name in zip(panels, names, strict=False):
+        found = [result["figures"][name] for result in results]
+        axes.plot(at, [one["value"] for one in found], marker="o")
+        if all(one["interval"] for one in found):
+            low, high = zip(*(one["interval"] for one in found), strict=True)
+            axes.fill_between(at, low, high, alpha=0.2)
+        axes.set_title(name.replace("_", " "), fontsize=10)
+        axes.set_xlabel(setting)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(names) :]:
+        axes.remove()
+    return figure

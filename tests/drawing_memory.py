@@ -1,0 +1,57 @@
+"""How much memory drawing leaves behind: python -m tests.drawing_memory MODEL --count 2000
+
+Measured in a process of its own, after some pictures that fill every cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from pipelines import LatentDiffusion
+from tests.support import ROOT
+from tests.tiling_memory import STATUS
+
+SAMPLERS = ("dpmpp_2m", "euler_ancestral", "unipc", "ddim")
+
+
+def work(folder: Path, count: int, warm: int) -> dict[str, float]:
+    """Draw `warm` pictures and then `count`, one a call, in this process: what the latter left."""
+    torch.set_num_threads(1)
+    model = LatentDiffusion.from_pretrained(folder)
+    for i in range(warm + count):
+        if i == warm:
+            before = resident()
+        prompt, sampler = f"a circle, number {i}", SAMPLERS[i % len(SAMPLERS)]
+        model(prompt, negative=f"a star, number {i}", sampler=sampler, steps=2 + i % 3, seed=i)
+    return {"before_mb": before, "grown_mb": round(resident() - before, 2)}
+
+
+def resident() -> float:
+    """Memory that this program holds now, in MiB."""
+    lines = dict(line.split(":") for line in STATUS.read_text().splitlines())
+    return int(lines["VmRSS"].split()[0]) / 1024
+
+
+def measured(folder: Path, count: int, warm: int) -> dict[str, float]:
+    """`work` in a process of its own."""
+    words = [str(folder), "--count", str(count), "--warm", str(warm), "--here"]
+    command = [sys.executable, "-m", "tests.drawing_memory", *words]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    reader = argparse.ArgumentParser(description=__doc__)
+    reader.add_argument("model", type=Path, help="the folder of a text model")
+    reader.add_argument("--count", type=int, default=2000)
+    reader.add_argument("--warm", type=int, default=100)
+    reader.add_argument("--here", action="store_true", help="in this process")
+    options = reader.parse_args()
+    run = work if options.here else measured
+    print(json.dumps(run(options.model, options.count, options.warm)))

@@ -1,0 +1,190 @@
+"""Drawing: a picture is a function of its seed and settings, in any thread, batch and life; prompts that are none."""
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipelines import LatentDiffusion
+from pipelines.cli import main as ldm
+from pipelines.prompts import CutPrompt
+from pipelines.record import fingerprint, read_record, recreate
+from tests.drawing_memory import measured
+from tests.encoders import CAPTIONS, publish
+from tests.test_text import conditioner, config, model_of
+
+PROMPT = "a large red circle at the top left on a white background"
+OTHER = "a small blue star at the center on a black background"
+
+
+@pytest.fixture(scope="module")
+def model(chain: Path) -> LatentDiffusion:
+    return LatentDiffusion.from_pretrained(chain / "ldm")
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return a.tobytes() == b.tobytes()
+
+
+def test_threads_share_one_pipeline(model: LatentDiffusion) -> None:
+    """Stock schedulers carry state from step to step; tokenizers and tiling change what they work with."""
+
+    def draw(job: int) -> Image.Image:
+        told = {"sampler": ("dpmpp_2m", "ddpm", "unipc")[job % 3], "negative": OTHER if job % 2 else ""}
+        more = {"size": (32, 16), "tile": 16} if job % 5 == 0 else {}
+        long = f"{PROMPT} " * (1 + job % 4)
+        return model(long, seed=job, steps=2, **told, **more)[0]
+
+    jobs = range(8 * 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CutPrompt)
+        alone = [draw(job) for job in jobs]
+        with ThreadPoolExecutor(8) as pool:
+            together = [*pool.map(draw, jobs)]
+    assert all(map(same, alone, together))
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "euler_ancestral"])
+def test_a_picture_does_not_depend_on_its_batch(model: LatentDiffusion, sampler: str) -> None:
+    prompts = [PROMPT, OTHER] * 8
+    one, many = (model(prompts, steps=4, seed=3, sampler=sampler, batch=batch) for batch in (1, 16))
+    apart = max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(one, many, strict=True))
+    assert apart <= 1
+    listed = model(prompts[3:5], steps=4, seed=[6, 7], sampler=sampler, batch=1)
+    assert all(map(same, listed, one[3:5]))
+
+
+def test_drawing_leaves_no_memory_behind(chain: Path) -> None:
+    assert measured(chain / "ldm", 80, 30)["grown_mb"] < 10
+
+
+def test_pictures_are_recreated_bit_for_bit(
+    chain: Path, model: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = str(chain / "ldm"), tmp_path / "out"
+    flags = (
+        "--n 3 --batch 4 --steps 3 --seed 5,1,9,4,2,7 --size 24x16 --sampler euler_ancestral --guidance 2.7"
+    )
+    ldm(["generate", folder, PROMPT, OTHER, *flags.split(), "--negative", "a fox", "--out", str(out)])
+    files = sorted(out.glob("0*.png"))
+    for file in files:
+        record, picture = read_record(file)
+        assert same(recreate(model, record, picture.size), picture)
+        assert not any(str(part) in repr(record) for part in (tmp_path, chain.parent, Path.home()))
+    assert (record.prompt, record.seed, record.batch, record.place) == (OTHER, 7, 2, 1)
+    capsys.readouterr()
+    ldm(["recreate", folder, str(files[1]), str(files[5]), "--out", str(tmp_path / "again")])
+    assert capsys.readouterr().out.count("the same, bit for bit") == 2
+    again = Image.open(tmp_path / "again" / "0001.png")
+    assert same(again, Image.open(files[5])) and again.text == Image.open(files[5]).text
+
+
+def test_another_model_is_noticed(
+    chain: Path, model: LatentDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ldm(["generate", str(chain / "ldm"), PROMPT, "--steps", "2", "--out", str(tmp_path / "out")])
+    other = LatentDiffusion.from_pretrained(chain / "ldm")
+    with torch.no_grad():
+        other.unet.conv_out.bias[0] += 1e-3
+    assert fingerprint(other) != fingerprint(model)
+    other.save_pretrained(tmp_path / "other")
+    picture = tmp_path / "out" / "0000.png"
+    Image.open(picture).save(tmp_path / "bare.png")
+    again = ["--out", str(tmp_path / "again")]
+    for words, said in [
+        ([str(tmp_path / "other"), str(picture)], "was drawn by another model, ldm"),
+        ([str(chain / "ldm"), str(tmp_path / "bare.png")], "does not say from what it was drawn"),
+        ([str(chain / "ldm"), str(tmp_path / "missing.png")], "can't be opened"),
+    ]:
+        with pytest.raises(SystemExit):
+            ldm(["recreate", *words, *again])
+        assert said in capsys.readouterr().err
+    ldm(["recreate", str(tmp_path / "other"), str(picture), "--other-model", *again])
+    assert "of 255 from it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompts", "kind", "words"),
+    [
+        (None, ValueError, "prompts is None, but this model needs a caption"),
+        ([], ValueError, "prompts is empty"),
+        (b"a circle", TypeError, "prompts is b'a circle', but must be text"),
+        ([PROMPT, None], TypeError, r"prompts\[1\] is None, but must be text"),
+        ([PROMPT, 3], TypeError, r"prompts\[1\] is 3"),
+        (7, TypeError, "prompts is 7"),
+        ("half \ud83e", ValueError, "prompts is no text: character 5"),
+        ("long" * 2_500_000, ValueError, "10,000,000 characters, but at most 100,000"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(
+    model: LatentDiffusion, prompts: object, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        model(prompts, steps=2)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        ({"seed": [1, 2, 3]}, ValueError, "3 seeds for 2 pictures"),
+        ({"seed": [1, -2]}, ValueError, "seed is -2"),
+        ({"seed": "one"}, TypeError, "seed is 'o'"),
+        ({"seed": 1.5}, TypeError, "seed is 1.5"),
+        ({"negative": None}, TypeError, "negative is None"),
+        ({"negative": "\udcff"}, ValueError, "negative is no text"),
+        ({"classes": "circle"}, ValueError, "not told both"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    model: LatentDiffusion, settings: dict[str, object], kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind, match=words):
+        model(PROMPT, n=2, steps=2, **settings)  # type: ignore[arg-type]
+
+
+def test_the_empty_prompt_is_unconditional(model: LatentDiffusion) -> None:
+    """Guidance has nothing to move from then."""
+    plain, guided = (model("", steps=3, seed=1, guidance=scale)[0] for scale in (1.0, 8.0))
+    assert np.abs(np.asarray(plain, int) - np.asarray(guided, int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
+def test_what_is_cut_of_a_prompt_is_said(kind: str, tmp_path: Path) -> None:
+    told = model_of(conditioner(config({kind: publish(kind, tmp_path / kind)}, kind)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told(CAPTIONS[0][:6], steps=2)
+    with pytest.warns(CutPrompt, match=r"limit is 12 tokens: '[^']*red end'"):
+        told("red red red red red red red red red red red red red end", steps=2)
+    with pytest.warns(CutPrompt, match="the end is not read"):
+        told("red", negative="red " * 20, steps=2)
+
+
+def test_bad_prompts_end_in_a_sentence(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "large.txt").write_text("x" * 10_000_000)
+    start = ["generate", str(chain / "ldm"), "--steps", "2", "--out", str(tmp_path / "out")]
+    for words, code, said in [
+        (["--prompts", str(tmp_path / "latin.txt")], 1, "is no text in UTF-8 (byte 3)"),
+        (["--prompts", str(tmp_path / "empty.txt")], 1, "has no prompts"),
+        (["--prompts", str(tmp_path / "large.txt")], 1, "10,000,000 characters"),
+        (["--prompts", str(tmp_path / "missing.txt")], 1, "No such file"),
+        (["bytes \udcff"], 1, "is no text: character 6"),
+        ([PROMPT, "--seed", "1,2"], 1, "2 seeds for 1 pictures"),
+        ([PROMPT, "--seed", "one"], 2, "'one' is no whole number"),
+        ([PROMPT, "--keep-flagged"], 1, "without --checker"),
+        ([PROMPT, "--checker", str(tmp_path)], 1, "no safety checker"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            ldm([*start, *words])
+        assert ended.value.code == code and said in capsys.readouterr().err
+    assert not [*(tmp_path / "out").glob("*.png")]
+    ldm([*start, " ".join(["many words"] * 30)])
+    assert capsys.readouterr().err.count("the end is not read, as the model's limit is 16 tokens: ") == 1
