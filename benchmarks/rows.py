@@ -25,6 +25,7 @@ def harness(size: Shape) -> Iterator[Measurable]:
 ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
     unet_rows.forward,
     unet_rows.sampling,
+    unet_rows.hasty,
     unet_rows.training,
     autoencoder_rows.passes,
     autoencoder_rows.training,

@@ -17,7 +17,7 @@ from benchmarks.timing import Case
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_draw
-from ldm.guidance import guided
+from ldm.guidance import Guidance, guided
 from ldm.paths import VP
 from ldm.prediction import make_prediction
 from ldm.samplers import SAMPLERS
@@ -27,7 +27,8 @@ from pipelines.schedulers import sampling_grid, scheduler_config
 Autocast = Callable[[], AbstractContextManager[Any]]
 Step = Callable[[Tensor], Tensor]
 PATH = VP(schedule="scaled_linear")
-GUIDANCE = 4.0
+GUIDANCE = Guidance(scale=4.0)
+INTERVAL = Guidance(scale=4.0, interval=(0.2, 5.0))  # of sigma / alpha: 9 of 20 steps
 
 
 def autocast(precision: Precision) -> Autocast:
@@ -81,13 +82,41 @@ def sampling(size: Shape) -> Iterator[Case]:
                 )
 
 
+def hasty(size: Shape) -> Iterator[Case]:
+    """Guided in an interval only, the coarser levels computed every third step: another picture, as `difference` says.
+
+    What it does to the pictures of a trained model is in docs/log.md.
+    """
+    ours, peer = unets(size)
+    fast, side = hurried(peer), size.latents[0]
+    for batch in (1, 8):
+        told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
+        yield Case(
+            name=f"sampling, dpmpp_2m 20, guidance interval, reuse 3, batch {batch} (another result)",
+            ours=partial(our_loop, ours, "f32", "dpmpp_2m", 20, *told_, INTERVAL, 3),
+            peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
+            fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
+            target=3.0,
+            unit=batch,
+            precision=None,
+        )
+
+
 def our_loop(
-    unet: UNet, precision: Precision, sampler: str, steps: int, cond: Cond, null: Cond, noise: Tensor
+    unet: UNet,
+    precision: Precision,
+    sampler: str,
+    steps: int,
+    cond: Cond,
+    null: Cond,
+    noise: Tensor,
+    guidance: Guidance = GUIDANCE,
+    reuse: int = 1,
 ) -> Tensor:
     """As `LatentDiffusion` draws, the preparation of the network included."""
-    denoiser = Denoiser(to_draw(unet, precision), PATH, make_prediction("epsilon", PATH))
+    denoiser = Denoiser(to_draw(unet, precision, reuse=reuse), PATH, make_prediction("epsilon", PATH))
     grid, start = sampling_grid(PATH, sampler, steps)
-    return SAMPLERS[sampler](guided(denoiser, cond, null, GUIDANCE), noise * start, grid)
+    return SAMPLERS[sampler](guided(denoiser, cond, null, guidance), noise * start, grid)
 
 
 @torch.no_grad()
@@ -102,7 +131,7 @@ def stock_loop(unet: Any, sampler: str, steps: int, cond: Cond, null: Cond, nois
     for t in scheduler.timesteps:
         both = scheduler.scale_model_input(torch.cat([x, x]), t)
         away, to = unet(both.to(unet.dtype), t, tokens).sample.float().chunk(2)
-        x = scheduler.step(away + GUIDANCE * (to - away), t, x).prev_sample
+        x = scheduler.step(away + GUIDANCE.scale * (to - away), t, x).prev_sample
     return x
 
 

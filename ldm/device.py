@@ -27,15 +27,16 @@ Precision = Literal["f32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True) -> Network:
+def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True, reuse: int = 1) -> Network:
     """What to call in place of the U-Net to draw with the weights it has now; results are float32.
 
     Args:
         precision: f32 gives what the U-Net gives, to rounding; bf16 is faster, and draws slightly otherwise.
         prepare: false leaves out the preparation for the CPU.
+        reuse: see `ldm.fast.Prepared`; above 1, networks are prepared on any device.
     """
-    if prepare and device_of(unet) == "cpu":
-        return fast.Prepared(unet, DTYPES[precision])
+    if reuse > 1 or (prepare and device_of(unet) == "cpu"):
+        return fast.Prepared(unet, DTYPES[precision], reuse)
 
     def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):

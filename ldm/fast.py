@@ -16,7 +16,7 @@ Shapes: B batch, C channels, H x W latent pixels, N = H*W, L prompt tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from autoencoder.packed import Conv, Doubling, Linear, Norm, Residual, maps, rows
 from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock
+from ldm.checks import require_int
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
 
 Words = dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values [B,heads,L,C/heads] for each cross-attention
+PROMPTLESS: Words = {}
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,18 @@ class Prepared:
     Args:
         unet: in float32 on the CPU.
         dtype: of weights and activations; results are float32. In bfloat16 they are not those of the U-Net.
+        reuse: in how many calls in a row the coarser levels are computed once (DeepCache, Ma et al. 2024); between,
+            only the finest level is, which changes what is drawn. 1: always.
 
-    One object serves one drawing at a time best: it remembers the keys and values of the last condition, known by
-    being the same object. Several threads may call it.
+    An object is for one drawing: it remembers the keys and values of the last prompt, known by being the same tensor.
+    Without reuse, several threads may call it all the same.
+
+    Raises:
+        ValueError: the U-Net is being trained with dropout; reuse is below 1.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32, reuse: int = 1) -> None:
+        require_int("reuse", reuse, 1, 2**31)
         if unet.training and unet.config.dropout:
             raise ValueError(
                 "the U-Net is being trained, with dropout; call eval() on it, or draw with its average"
@@ -65,7 +73,9 @@ class Prepared:
         self.middle = Level(unet.mid_block, dtype, reads)
         self.up = [Level(block, dtype, reads) for block in unet.up_blocks]  # type: ignore[arg-type]
         self.norm_out = Norm(unet.conv_norm_out, dtype)
-        self._last: tuple[Cond, Words] | None = None
+        self.reuse = reuse
+        self._last: tuple[Tensor, Words] | None = None
+        self._kept: Kept | None = None
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -76,12 +86,25 @@ class Prepared:
             x = x[: len(x) // 2]
         x = self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
-        for level in self.down:
-            x = level.down(x, skips, told)
-        x = self.middle.down(x, [], told)
-        for level in self.up:
-            x = level.up(x, skips, told)
+        x = self.down[0].layers(x, skips, told)
+        x = self.up[-1].up(self._within(x, skips, told), skips, told)
         return self.conv_out(self.norm_out.silu(x)).float()
+
+    def _within(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
+        """What comes up to the finest level, from what goes down from it; or what came up at an earlier call."""
+        kept = self._kept
+        if kept and kept.calls and kept.words is told.words and kept.fits(x, told.samples):
+            self._kept = kept._replace(calls=kept.calls - 1)
+            return kept.inner
+        x = self.down[0].halved(x, skips)
+        for level in self.down[1:]:
+            x = level.halved(level.layers(x, skips, told), skips)
+        x = self.middle.layers(x, [], told)
+        for level in self.up[:-1]:
+            x = level.up(x, skips, told)
+        if self.reuse > 1:
+            self._kept = Kept(self.reuse - 1, x, told.words)
+        return x
 
     def _told(self, t: Tensor, cond: Cond) -> Told:
         emb = self.unet.embed(t[:1] if bool((t == t[0]).all()) else t, cond)
@@ -91,16 +114,27 @@ class Prepared:
     def _words(self, cond: Cond) -> Words:
         """Keys and values of the prompt, computed anew when another condition comes."""
         if cond.tokens is None:
-            return {}
+            return PROMPTLESS
         last = self._last
-        if last is None or last[0] is not cond:
+        if last is None or last[0] is not cond.tokens:
             read = [m.attn2 for m in self.unet.modules() if isinstance(m, TransformerBlock)]
-            last = self._last = cond, {layer: self._read(layer, cond.tokens) for layer in read}
+            last = self._last = cond.tokens, {layer: self._read(layer, cond.tokens) for layer in read}
         return last[1]
 
     def _read(self, layer: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
         k, v = (part(tokens).to(self.dtype) for part in (layer.to_k, layer.to_v))
         return split(k, layer.heads).contiguous(), split(v, layer.heads).contiguous()
+
+
+class Kept(NamedTuple):
+    """What came up to the finest level, for calls to come."""
+
+    calls: int
+    inner: Tensor
+    words: Words
+
+    def fits(self, x: Tensor, samples: int) -> bool:
+        return len(self.inner) == samples and self.inner.shape[2:] == x.shape[2:]
 
 
 class Level:
@@ -120,11 +154,15 @@ class Level:
         x = self.resnets[i](x, self.resnets[i].time_of(told.emb))
         return self.attentions[i](x, told) if i < len(self.attentions) else x
 
-    def down(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
-        """[B,*,H,W] => [B,C,ceil(H/2),ceil(W/2)]; every map made is added to `skips`."""
+    def layers(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
+        """[B,*,H,W] => [B,C,H,W]; every map made is added to `skips`."""
         for i in range(len(self.resnets)):
             x = self.layer(i, x, told)
             skips.append(x)
+        return x
+
+    def halved(self, x: Tensor, skips: list[Tensor]) -> Tensor:
+        """[B,C,H,W] => [B,C,ceil(H/2),ceil(W/2)], likewise; the coarsest level as it is."""
         for downsample in self.downsamplers:
             x = downsample(x)
             skips.append(x)

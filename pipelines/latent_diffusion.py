@@ -30,6 +30,7 @@ from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
+from ldm.sampling import slices
 from ldm.unet import UNet
 from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
 from pipelines.schedulers import sampling_grid
@@ -44,6 +45,8 @@ class LatentDiffusion:
     `spacing` of its steps; without, the sampler's usual one.
     In `precision` bf16 drawing is faster, and pictures differ slightly. With `fast`, networks are prepared for a CPU
     each time something is drawn (`ldm.fast`), which changes results by rounding; without, they are run as they are.
+    `reuse` above 1 computes the coarser levels of the U-Net once in so many steps (DeepCache, Ma et al. 2024): faster,
+    and other pictures.
     """
 
     autoencoder: AutoencoderKL
@@ -55,8 +58,10 @@ class LatentDiffusion:
     spacing: Spacing | None = None
     precision: Precision = "f32"
     fast: bool = True
+    reuse: int = 1
 
     def __post_init__(self) -> None:
+        require_int("reuse", self.reuse, 1, 2**31)
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(DTYPES)}")
 
@@ -108,12 +113,10 @@ class LatentDiffusion:
             precision: f32, or bf16, in which pictures differ slightly; by default the model's.
 
         Raises:
-            ValueError: names an argument that is out of range, an unknown sampler or class; seeds that are not as
-                many as the pictures.
+            ValueError: names what is out of range or unknown, or seeds that are not as many as the pictures.
             TypeError: names an argument of another type, such as a prompt that is no text.
         """
-        if precision is not None:
-            self = replace(self, precision=precision)
+        self = replace(self, precision=precision or self.precision)
         if tile is not None:
             tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
@@ -125,14 +128,13 @@ class LatentDiffusion:
         sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
-            for first in range(0, count, batch):
-                last = min(count, first + batch)
-                some = {key: value[first:last] for key, value in read.items()}
-                denoise = self.guided(some, last - first, shape, guidance, negative)
-                noise = noise_of(seeds[first:last], shape, self.device)
+            for part in slices(0, count, batch):
+                some = {key: value[part.start : part.stop] for key, value in read.items()}
+                denoise = self.guided(some, len(part), shape, guidance, negative)
+                noise = noise_of(seeds[part.start : part.stop], shape, self.device)
                 z = sample(denoise, noise(-1) * start, grid, noise=noise)
                 images += to_images(self.decode(z, tile))
-                bar.update(last - first)
+                bar.update(len(part))
         return images
 
     def sampler_for(
@@ -228,7 +230,7 @@ class LatentDiffusion:
 
     def denoiser(self) -> Denoiser:
         """To draw with: no gradients, and the weights that the U-Net has now."""
-        network = to_draw(self.unet, self.precision, prepare=self.fast)
+        network = to_draw(self.unet, self.precision, prepare=self.fast, reuse=self.reuse)
         return Denoiser(network, self.path, self.prediction)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from autoencoder import packed
 from autoencoder.fast import Prepared as PreparedAutoencoder
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
-from ldm.conditioning import Cond
+from ldm.conditioning import ClassLabels, Cond
 from ldm.fast import Prepared
+from ldm.paths import VP
+from ldm.prediction import make_prediction
 from ldm.unet import UNet, UNetConfig
+from pipelines import LatentDiffusion
 from tests.test_unet import SHAPES, TEXT, difference, inputs, randomise
 
 SIZES = [(8, 8), (10, 14), (9, 13), (3, 5)]
@@ -98,6 +105,23 @@ def test_eight_threads_draw_as_one() -> None:
     assert max(worst) <= 1e-5
 
 
+def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is exact; between, the finest level is computed; what does not fit is not reused."""
+    plain = unet("sdxl")
+    fast, coarse = Prepared(plain, reuse=3), []
+    middle = fast.middle.layers
+    monkeypatch.setattr(fast.middle, "layers", lambda *args: coarse.append(1) or middle(*args))
+    x, t, cond = inputs(plain.config)
+    assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5
+    assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5  # nothing has changed since
+    assert difference(fast(2 * x, t, cond), plain(2 * x, t, cond)) > 1e-3
+    assert len(coarse) == 1
+    for wide, told in ((torch.cat([x, x], 3), cond), (x, cond._replace(tokens=cond.tokens + 1))):
+        assert difference(fast(wide, t, told), plain(wide, t, told)) <= 1e-5
+    with pytest.raises(ValueError, match="reuse is 0"):
+        Prepared(plain, reuse=0)
+
+
 def test_weights_of_the_time_of_preparing(kind: str) -> None:
     """A change of the U-Net needs another preparation, as its docstring says, and gets it."""
     plain = unet("scale and shift")
@@ -180,3 +204,34 @@ def test_autoencoders(attention: bool, quant: bool, kind: str) -> None:
         fast.decode(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="multiple of 4"):
         fast.encode(torch.zeros(1, 3, 6, 8))
+
+
+def test_models_draw_so() -> None:
+    """By default prepared, and the same without; eight threads draw as one; bf16 and reuse only if asked for."""
+    torch.manual_seed(0)
+    side = {"block_out_channels": (16, 32), "norm_num_groups": 8}
+    coder = AutoencoderKL(AutoencoderConfig(**side, mid_block_add_attention=False)).eval()
+    path = VP()
+    model = LatentDiffusion(
+        autoencoder=coder.requires_grad_(False),
+        unet=unet("classes"),
+        conditioner=ClassLabels(["a", "b", "c", "d"]),
+        path=path,
+        prediction=make_prediction("v", path),
+    )
+
+    def draw(model: LatentDiffusion, name: str, **settings: Any) -> np.ndarray:
+        images = model(name, n=2, steps=6, size=(16, 24), **settings)
+        return np.stack([np.asarray(image, dtype=int) for image in images])
+
+    wanted = {name: draw(replace(model, fast=False), name) for name in "abcd"}
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda name: draw(model, name), "abcdabcd"))
+    for name, pictures in zip("abcdabcd", made, strict=True):
+        assert abs(pictures - wanted[name]).max() <= 1
+    assert abs(draw(model, "a", precision="bf16") - wanted["a"]).max() > 1
+    assert abs(draw(replace(model, reuse=3), "a") - wanted["a"]).max() > 1
+    with pytest.raises(ValueError, match="precision is 'fp8'; choose one of f32, bf16"):
+        draw(model, "a", precision="fp8")
+    with pytest.raises(ValueError, match="reuse is 0"):
+        replace(model, reuse=0)
