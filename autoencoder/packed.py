@@ -58,10 +58,12 @@ class Conv:
     """A convolution of channels-last maps [B,in,H,W]."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, packed: bool | None = None) -> None:
-        self.weight = layer.weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.dtype, self.weight = dtype, layer.weight.detach()  # the layer's own: no copy but the packed one
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
         self.packed = packs(dtype) if packed is None else packed
+        if not self.packed:
+            self.weight = self._laid_out()
         self._for: dict[torch.Size, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -83,11 +85,14 @@ class Conv:
             x, rest, self._weight(x), self.bias, *where, "add", 1.0, None, [], None
         )
 
+    def _laid_out(self) -> Tensor:
+        return self.weight.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
     def _weight(self, x: Tensor) -> Tensor:
         """Packed as suits maps of this shape."""
         if x.shape not in self._for:
             self._for[x.shape] = ONEDNN._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, [1, 1], 1, list(x.shape)
+                self._laid_out(), self.padding, self.stride, [1, 1], 1, list(x.shape)
             )
         return self._for[x.shape]
 

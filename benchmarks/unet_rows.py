@@ -28,7 +28,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 Step = Callable[[Tensor], Tensor]
 PATH = VP(schedule="scaled_linear")
 GUIDANCE = Guidance(scale=4.0)
-INTERVAL = Guidance(scale=4.0, interval=(0.2, 5.0))  # of sigma / alpha: 9 of 20 steps
+INTERVAL = Guidance(scale=4.0, interval=(0.5, 4.0))  # of sigma / alpha: 11 of 20 steps
 
 
 def autocast(precision: Precision) -> Autocast:

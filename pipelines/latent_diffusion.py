@@ -30,7 +30,6 @@ from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
-from ldm.sampling import slices
 from ldm.unet import UNet
 from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
 from pipelines.schedulers import sampling_grid
@@ -128,13 +127,13 @@ class LatentDiffusion:
         sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
-            for part in slices(0, count, batch):
-                some = {key: value[part.start : part.stop] for key, value in read.items()}
-                denoise = self.guided(some, len(part), shape, guidance, negative)
-                noise = noise_of(seeds[part.start : part.stop], shape, self.device)
+            for part in (slice(first, min(count, first + batch)) for first in range(0, count, batch)):
+                some = {key: value[part] for key, value in read.items()}
+                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative)
+                noise = noise_of(seeds[part], shape, self.device)
                 z = sample(denoise, noise(-1) * start, grid, noise=noise)
                 images += to_images(self.decode(z, tile))
-                bar.update(len(part))
+                bar.update(len(seeds[part]))
         return images
 
     def sampler_for(
