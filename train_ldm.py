@@ -38,10 +38,12 @@ from ldm.sampling import epochs
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
+from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
 from pipelines.sheets import contact_sheet
 from pipelines.stage_one import open_autoencoder
+from pipelines.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,7 @@ class Recipe:
     ema_every: int = 0
     """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         if self.data.crop == "random":
@@ -150,6 +153,7 @@ def train(recipe: Recipe, run: Run) -> None:
     profiles = Profiles(**trained) if recipe.ema_every else None
     model = averaged_model(recipe, autoencoder, ema, conditioner)
     prompts = prompts_to_show(model, recipe.show, source)
+    held_out = hold_out(recipe.validation, recipe.data, source, model, run)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
@@ -158,8 +162,7 @@ def train(recipe: Recipe, run: Run) -> None:
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        ema.gather()
-        show(run, model, recipe.show, prompts)
+        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
         run.save()
 
     for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
@@ -179,9 +182,7 @@ def train(recipe: Recipe, run: Run) -> None:
                     profiles.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        if run.due(recipe.show.every):
-            ema.gather()
-            show(run, model, recipe.show, prompts)
+        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -321,6 +322,26 @@ def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) 
         told["prompts"] = list(dict.fromkeys(names))[: config.count]
     model.read(told.get("prompts"), 1, told.get("classes"))
     return told
+
+
+def look(
+    run: Run,
+    recipe: Recipe,
+    model: LatentDiffusion,
+    prompts: dict[str, list[str]],
+    held_out: HeldOut | None,
+    denoiser: Denoiser,
+    ema: EMA,
+    trained: dict[str, Any],
+) -> None:
+    """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
+    if run.due(recipe.show.every):
+        ema.gather()
+        show(run, model, recipe.show, prompts)
+    if held_out and run.due(recipe.validation.every):
+        ema.gather()
+        guidance = recipe.show.guidance
+        validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
 
 
 def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -44,12 +45,15 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def picture(self, sheet: Image.Image, name: str) -> None:
-        """Save a picture as samples/NAME-STEP.png."""
+        """Save a picture as samples/NAME-STEP.png, with what its `info` says of it."""
         folder = self.out / "samples"
         file = folder / f"{name}-{self.step:08d}.png"
+        about = PngInfo()
+        for key, text in sheet.info.items():
+            about.add_text(str(key), str(text))
         with writing(file):
             folder.mkdir(exist_ok=True)
-            sheet.save(file)
+            sheet.save(file, pnginfo=about)
         for tracker in self.accelerator.trackers:
             if not trackers.log_picture(tracker, name, sheet, self.step) and self.fresh:
                 self.say(f"{tracker.name} takes no pictures from Accelerate; they are in {folder}")

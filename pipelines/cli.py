@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     add_publish(verbs)
     add_plot(verbs)
     add_evaluate(verbs)
-
+    add_report(verbs)
     add_ema(verbs)
     demo = verbs.add_parser(
         "demo", help="train both stages on drawn scenes, then draw held-out prompts and check them"
@@ -55,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=run_demo)
 
     return main
+
+
+def add_report(verbs: Any) -> None:
+    what = "a run on one page: recipe, curves, samples, reconstructions, metrics, timings"
+    page = verbs.add_parser("report", help=what, description=what)
+    page.add_argument("folder", type=Path, metavar="RUN", help="the folder of a run of either stage")
+    page.add_argument("--out", type=Path, metavar="FILE.html", help="default RUN/report.html")
+    page.set_defaults(run=run_report)
 
 
 def add_ema(verbs: Any) -> None:
@@ -104,6 +112,12 @@ def run_recognise(options: argparse.Namespace) -> None:
     recognise(
         options.model, options.data, options.out, options.each, options.steps, options.guidance, options.seed
     )
+
+
+def run_report(options: argparse.Namespace) -> None:
+    from pipelines.report import report
+
+    print(report(options.folder, options.out))
 
 
 def run_ema(options: argparse.Namespace) -> None:

@@ -1,26 +1,30 @@
-"""Pictures that explain a model: each function gives a matplotlib `Figure` or a picture; `ldm plot` saves it.
+"""Pictures that explain a path or a model: each function gives a matplotlib `Figure` or a picture; `ldm plot` saves it.
 
 `Figure` is used without pyplot, so that nothing global is left behind and nothing needs a display.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Sequence
-from pathlib import Path as File
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch import Tensor
 
+from ldm.checks import require_int
 from ldm.config import UserError
-from ldm.paths import EDM, VP, Flow, Path, vp_betas
+from ldm.paths import EDM, VP, Flow, Level, Path, vp_betas
 from ldm.pictures import to_images, to_tensor
 from ldm.random import normal
 from ldm.samplers import SAMPLERS
-from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.inputs import to_pixels
+from pipelines.inversion import interpolate
+from pipelines.latent_diffusion import LatentDiffusion, noise_of
 from pipelines.sheets import contact_sheet
 
 PATHS: dict[str, Path] = {
@@ -88,6 +92,87 @@ def guidance_sweep(
     return contact_sheet(images, captions, columns=len(scales))
 
 
+@torch.no_grad()
+def trajectory(
+    model: LatentDiffusion,
+    prompts: Sequence[str] | None = None,
+    *,
+    count: int = 8,
+    steps: int = 30,
+    sampler: str | None = None,
+    guidance: float = 4.0,
+    seed: int = 0,
+) -> Image.Image:
+    """How pictures come about: for each prompt a row of x_t, and below it the x_0 that the model sees in each.
+
+    `count` of the evaluations are shown, evenly spread, the first and the last among them; both are decoded, x_t
+    divided by sqrt(alpha² + sigma²), which captions say as the share of noise in its variance. The last x_0 is the
+    picture that is drawn with the same settings. ValueError as for drawing.
+    """
+    require_int("count", count, 2, 1000)
+    read, n = model.read(prompts, 1), len(prompts or ("",))
+    shape = model.latent_shape(None)
+    sample, grid, start = model.sampler_for(sampler, steps, shape)
+    denoise = model.guided(read, n, shape, guidance)
+    noise = noise_of(range(seed, seed + n), shape, model.device)
+    seen: list[tuple[Tensor, Tensor, float]] = []
+
+    def watched(x: Tensor, level: Level) -> Tensor:
+        x0 = denoise(x, level)
+        size = math.hypot(level.alpha, level.sigma)
+        seen.append((x / size, x0, (level.sigma.item() / size) ** 2))
+        return x0
+
+    sample(watched, noise(-1) * start, grid, noise=noise)
+    shown = [seen[i] for i in np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int)]
+    drawn = [[to_images(model.decode(z)) for z in (x, x0)] for x, x0, _ in shown]
+    images = [both[kind][row] for row in range(n) for kind in (0, 1) for both in drawn]
+    captions = [f"{name}, {share:.1%} noise" for name in ("x_t", "x_0 seen in") for _, _, share in shown]
+    return contact_sheet(images, captions * n, columns=len(shown))
+
+
+@torch.no_grad()
+def interpolation(
+    model: LatentDiffusion,
+    first: Image.Image | int,
+    second: Image.Image | int,
+    prompt: str | None = None,
+    *,
+    count: int = 8,
+    steps: int = 30,
+    guidance: float = 1.0,
+) -> Image.Image:
+    """Two ways between two pictures, or between what two seeds draw: through the noise, and straight.
+
+    Above, the great circle between their noises, each point drawn (`inversion.interpolate`); below, the straight line
+    between the latents of the two ends, decoded: what a way that leaves the data looks like.
+    """
+    above = interpolate(model, first, second, prompt, count=count, steps=steps, guidance=guidance)
+    a, b = (model.encode(to_pixels(model, end)) for end in (above[0], above[-1]))
+    shares = torch.linspace(0, 1, count).tolist()
+    below = to_images(model.decode(torch.cat([torch.lerp(a, b, share) for share in shares])))
+    captions = [f"{way}, {share:.0%}" for way in ("noise", "latents") for share in shares]
+    return contact_sheet([*above, *below], captions, columns=count)
+
+
+def prompt_sheet(
+    model: LatentDiffusion,
+    prompts: Sequence[str] | None = None,
+    *,
+    n: int = 4,
+    steps: int = 30,
+    sampler: str | None = None,
+    guidance: float = 4.0,
+    seed: int = 0,
+) -> Image.Image:
+    """A contact sheet: a row for each prompt, told below it, with pictures of n seeds, the same for all prompts."""
+    told: Sequence[str | None] = prompts or [None]
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "seed": seed}
+    images = [image for prompt in told for image in model(prompt, n=n, **settings)]
+    captions = [f"{prompt or 'drawn'} · seed {seed + i}" for prompt in told for i in range(n)]
+    return contact_sheet(images, captions, columns=n)
+
+
 def steps_sweep(
     model: LatentDiffusion,
     prompts: Sequence[str],
@@ -131,27 +216,3 @@ def steps_sweep(
 def pixels(images: Sequence[Image.Image]) -> np.ndarray:
     """[N,H,W,3] in [0, 255]."""
     return np.stack([np.asarray(image, dtype=np.float64) for image in images])
-
-
-def curves(run: File) -> Figure:
-    """Everything in a run's metrics.jsonl against its steps, one panel a name."""
-    try:
-        written = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    except OSError:
-        raise UserError(f"{run} holds no metrics.jsonl; give the folder of a training run.") from None
-    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last may be being written
-    names = sorted({name for line in lines for name in line} - {"step", "time"})
-    if not names:
-        raise UserError(f"{run}/metrics.jsonl has no lines yet.")
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes, name in zip(panels, names, strict=False):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        axes.plot(*zip(*points, strict=True))
-        axes.set_title(name.replace("_", " "), fontsize=10)
-        axes.grid(alpha=0.3)
-    for axes in panels[len(names) :]:
-        axes.remove()
-    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Sequence
@@ -20,7 +21,10 @@ def contact_sheet(
     tile: int = 128,
     wrong: Sequence[bool] | None = None,
 ) -> Image.Image:
-    """Pictures in rows, each `tile` pixels wide with its caption below it; captions of `wrong` ones in red."""
+    """Pictures in rows, each `tile` pixels wide with its caption below it; captions of `wrong` ones in red.
+
+    `info["tiles"]` says what lies where, for `tiles`; it outlives saving if it is written into the PNG.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     size = max(9, tile // 11)
@@ -29,15 +33,23 @@ def contact_sheet(
     height = tile + GAP + (size + 3) * max(map(len, texts), default=0)
     sheet = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + rows * (height + GAP)), PAPER)
     brush = ImageDraw.Draw(sheet)
+    places = []
     for i, image in enumerate(images):
         x, y = GAP + i % columns * (tile + GAP), GAP + i // columns * (height + GAP)
-        sheet.paste(
-            image.resize((tile, round(tile * image.height / image.width)), Image.Resampling.BICUBIC), (x, y)
-        )
+        tall = round(tile * image.height / image.width)
+        sheet.paste(image.resize((tile, tall), Image.Resampling.BICUBIC), (x, y))
+        places.append((captions[i] if captions else "", [x, y, x + tile, y + tall]))
         if texts:
             ink = FAILED if wrong and wrong[i] else INK
             brush.multiline_text((x, y + tile + 3), "\n".join(texts[i]), ink, font=font, spacing=2)
+    sheet.info["tiles"] = json.dumps(places)
     return sheet
+
+
+def tiles(sheet: Image.Image) -> list[tuple[str, Image.Image]]:
+    """The captions and pictures of a contact sheet, in their order; none if it does not say where they lie."""
+    places = json.loads(sheet.info.get("tiles", "[]"))
+    return [(caption, sheet.crop(box)) for caption, box in places]
 
 
 def side_by_side(

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.pictures import to_images, to_tensor
+from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.plots import PATHS, curves, levels, noising, schedules
+from pipelines.plots import PATHS, interpolation, levels, noising, prompt_sheet, schedules, trajectory
+from pipelines.run_plots import by_level, curves, logged, losses, speeds
+from pipelines.sheets import contact_sheet, tiles
+
+PROMPTS = ["a large red circle", "a small blue star"]
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -33,8 +39,89 @@ def test_every_path_has_its_curve_and_betas_are_of_vp_alone() -> None:
     assert len(betas.lines) == 4 and len(signal.lines) == len(snr.lines) == len(PATHS)
 
 
+def shown(picture: Image.Image, side: int = 128) -> np.ndarray:
+    """As a sheet shows it."""
+    return np.asarray(contact_sheet([picture], tile=side).crop((8, 8, 8 + side, 8 + side)), dtype=float)
+
+
+def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (16, 8 * i), (50 * i, 0, 0)) for i in (1, 2, 3)]
+    found = tiles(contact_sheet(images, ["one", "two", "drei ü"], tile=32))
+    assert [caption for caption, _ in found] == ["one", "two", "drei ü"]
+    assert [tile.size for _, tile in found] == [(32, 16), (32, 32), (32, 48)]
+    assert [tile.getpixel((9, 9)) for _, tile in found] == [(50 * i, 0, 0) for i in (1, 2, 3)]
+    assert tiles(images[0]) == []
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "unipc", "euler_ancestral"])
+def test_a_trajectory_goes_from_noise_to_what_is_drawn(chain: Path, sampler: str) -> None:
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    settings = {"steps": 5, "sampler": sampler, "guidance": 2.0, "seed": 3}
+    found = tiles(trajectory(model, PROMPTS, count=3, **settings))
+    captions = [caption for caption, _ in found]
+    assert (
+        captions[:3] == captions[6:9]
+        and [c.partition(",")[0] for c in captions[:6]] == ["x_t"] * 3 + ["x_0 seen in"] * 3
+    )
+    noise = [float(c.partition(", ")[2].removesuffix("% noise")) for c in captions[:3]]
+    assert noise == sorted(noise, reverse=True) and noise[0] > 90
+    for row, picture in enumerate(model(PROMPTS, **settings)):
+        last = np.asarray(found[6 * row + 5][1], dtype=float)
+        assert np.abs(last - shown(picture)).max() <= 2, "the last x_0 is the picture"
+        x_t, x_0 = (np.asarray(found[6 * row + i][1], dtype=float) for i in (0, 3))
+        assert np.abs(x_t - x_0).mean() > 5
+
+
+def test_an_interpolation_has_the_same_ends_on_both_ways(chain: Path) -> None:
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    found = [
+        np.asarray(tile, dtype=float)
+        for _, tile in tiles(interpolation(model, 1, 2, PROMPTS[0], count=3, steps=3))
+    ]
+    above, below = found[:3], found[3:]
+    for end, seed in ((0, 1), (2, 2)):
+        drawn = model(PROMPTS[0], seed=seed, steps=3, sampler="ddim", guidance=1.0)[0]
+        assert np.abs(above[end] - shown(drawn)).max() <= 2
+        again = model.decode(model.encode(to_tensor(drawn)[None]))
+        assert np.abs(below[end] - shown(to_images(again)[0])).max() <= 2
+    assert np.abs(above[1] - below[1]).max() > 2
+
+
+def test_a_sheet_of_prompts_has_a_row_for_each(chain: Path) -> None:
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    found = tiles(prompt_sheet(model, PROMPTS, n=3, steps=2, seed=5))
+    assert [caption for caption, _ in found] == [
+        f"{prompt} · seed {seed}" for prompt in PROMPTS for seed in (5, 6, 7)
+    ]
+    alone = model(PROMPTS[1], steps=2, seed=6)[0]
+    assert np.abs(np.asarray(found[4][1], dtype=float) - shown(alone)).max() <= 2
+
+
 def test_curves_show_what_a_run_logged(chain: Path) -> None:
-    assert {"loss", "learning rate"} <= {axes.get_title() for axes in curves(chain / "ldm").axes}
+    titles = {axes.get_title() for axes in curves(chain / "ldm").axes}
+    assert {"loss", "learning rate", "test loss ema", "test prompts satisfied"} <= titles
+    assert not any("snr" in title for title in titles), "these are drawn by `losses`"
+
+
+def test_losses_by_level_are_those_that_were_logged(chain: Path) -> None:
+    lines = logged(chain / "ldm")
+    found = by_level(lines)
+    assert [*found] == ["test, ema", "test, raw"]
+    over_steps, at_end = losses(chain / "ldm").axes
+    for weights, line in zip(("ema", "raw"), at_end.lines, strict=True):
+        assert line.get_label() == f"test, {weights}"
+        snr, values = line.get_data()
+        assert [*snr] == sorted(snr, reverse=True)
+        name = f"test_loss_{weights}/ln_snr_"
+        assert [*values] == [lines[-1][f"{name}{at:.2f}"] for at in snr]
+    assert len(over_steps.lines) == 4 and [*over_steps.lines[0].get_xdata()] == [3, 6]
+
+
+def test_speeds_leave_out_the_time_that_a_run_stood_still() -> None:
+    times = [0, 2, 4, 1000, 1002, 1004]
+    lines = [{"step": 10 * (i + 1), "time": float(time)} for i, time in enumerate(times)]
+    assert speeds(lines, batch=4) == ([20, 30, 50, 60], [20.0] * 4)
+    assert speeds(lines[:1], batch=4) == ([], [])
 
 
 def test_plot_from_the_command_line(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,11 +139,32 @@ def test_plot_from_the_command_line(chain: Path, tmp_path: Path, capsys: pytest.
     ldm([*told, "--out", str(tmp_path / "guidance.png")])
     told = ["plot", "steps", str(chain / "ldm"), "a red circle", "--counts", "1", "2", "--samplers", "ddim"]
     ldm([*told, "--out", str(tmp_path / "steps.png")])
-    for name in ("guidance", "steps"):
+    few = ["--steps", "2", "--out"]
+    ldm(["plot", "trajectory", str(chain / "ldm"), "a red circle", *few, str(tmp_path / "trajectory.png")])
+    ldm(["plot", "sheet", str(chain / "ldm"), "a red circle", *few, str(tmp_path / "sheet.png")])
+    ldm(
+        [
+            "plot",
+            "interpolation",
+            str(chain / "ldm"),
+            "1",
+            "2",
+            "a circle",
+            *few,
+            str(tmp_path / "between.png"),
+        ]
+    )
+    ldm(["plot", "losses", str(chain / "ldm"), "--out", str(tmp_path / "losses.png")])
+    for name in ("guidance", "steps", "trajectory", "sheet", "between", "losses"):
         assert min(Image.open(tmp_path / f"{name}.png").size) > 100
     bad = [
         ["noising", str(tmp_path / "guidance.png"), "--path", "none"],
         ["curves", str(tmp_path)],
+        ["losses", str(chain / "vae")],
+        ["trajectory", str(chain / "ldm"), "x", "--count", "1"],
+        ["trajectory", str(chain / "ldm")],
+        ["sheet", str(chain / "ldm"), "x", "--n", "0"],
+        ["interpolation", str(chain / "ldm"), "1", str(tmp_path / "missing.png"), "x"],
         ["noising", str(tmp_path / "missing.png")],
     ]
     for words in bad:

@@ -1,0 +1,160 @@
+"""What a training run has logged, as figures: for `ldm plot curves`, `ldm plot losses` and the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ldm.config import UserError
+
+LEVEL = re.compile(r"(?P<split>.+)_loss_(?P<weights>ema|raw)/ln_snr_(?P<at>-?[\d.]+)")
+"""A loss at one noise level, as `ldm.validation` names it"""
+
+Lines = list[dict[str, Any]]
+Points = tuple[list[int], list[float]]
+"""Steps, and a value at each"""
+Levels = dict[str, dict[float, Points]]
+"""Losses on held-out pictures: "test, ema" -> ln SNR, from clean to noise -> points"""
+
+
+def logged(run: Path) -> Lines:
+    """The lines of metrics.jsonl: {"step", "time", and what was noted}.
+
+    Raises:
+        UserError: there is none, or it has no whole line yet.
+    """
+    try:
+        written = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    except OSError:
+        raise UserError(f"{run} holds no metrics.jsonl; give the folder of a training run.") from None
+    lines = [json.loads(line) for line in written if line.endswith("\n")]  # the last may be being written
+    if not {name for line in lines for name in line} - {"step", "time"}:
+        raise UserError(f"{run}/metrics.jsonl has no lines yet.")
+    return lines
+
+
+def names(lines: Lines) -> list[str]:
+    """What was noted, but for losses at single noise levels."""
+    noted = {name for line in lines for name in line} - {"step", "time"}
+    return sorted(name for name in noted if not LEVEL.fullmatch(name))
+
+
+def points(lines: Lines, name: str) -> Points:
+    """Steps at which something was noted, and its values."""
+    there = [(line["step"], line[name]) for line in lines if name in line]
+    return [step for step, _ in there], [value for _, value in there]
+
+
+def by_level(lines: Lines) -> Levels:
+    """The losses on held-out pictures by noise level, of averaged and raw weights; empty if there are none."""
+    found: Levels = {}
+    for name in dict.fromkeys(name for line in lines for name in line):
+        if match := LEVEL.fullmatch(name):
+            weights = found.setdefault(f"{match['split']}, {match['weights']}", {})
+            weights[float(match["at"])] = points(lines, name)
+    return {weights: dict(sorted(levels.items(), reverse=True)) for weights, levels in found.items()}
+
+
+def speeds(lines: Lines, batch: int) -> Points:
+    """Steps, and pictures a second up to each since the line before; stops longer than ten times the median are left
+    out, as the run stood still then."""
+    gaps = [(b["step"], b["step"] - a["step"], b["time"] - a["time"]) for a, b in pairwise(lines)]
+    gaps = [(step, steps, seconds) for step, steps, seconds in gaps if steps > 0 and seconds > 0]
+    if not gaps:
+        return [], []
+    usual = median(seconds / steps for _, steps, seconds in gaps)
+    kept = [(step, steps * batch / seconds) for step, steps, seconds in gaps if seconds < 10 * usual * steps]
+    return [step for step, _ in kept], [speed for _, speed in kept]
+
+
+def curve(axes: Axes, steps: list[int], values: list[float], **style: Any) -> None:
+    """A line; a single point is marked."""
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, **style)
+
+
+def small() -> Figure:
+    """A figure whose letters can be read on a phone, where it is as wide as the window."""
+    return Figure(figsize=(4.6, 3.1), layout="constrained")
+
+
+def panel(lines: Lines, names: list[str], title: str) -> Figure:
+    """Some of what was noted against the steps, in one small figure."""
+    figure = small()
+    axes = figure.subplots()
+    for name in names:
+        curve(axes, *points(lines, name), label=name.replace("_", " "))
+    if len(names) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    tidy(axes, title)
+    return figure
+
+
+def tidy(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def curves(run: Path) -> Figure:
+    """Everything that a run has logged against its steps, one panel a name; `losses` shows those by noise level."""
+    lines = logged(run)
+    noted = names(lines)
+    columns = min(3, len(noted))
+    rows = -(-len(noted) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, name in zip(panels, noted, strict=False):
+        curve(axes, *points(lines, name))
+        tidy(axes, name.replace("_", " "))
+    for axes in panels[len(noted) :]:
+        axes.remove()
+    return figure
+
+
+def losses(run: Path) -> Figure:
+    """Loss on held-out pictures by noise level: over the steps of the run, and at its end, averaged and raw weights.
+
+    Raises:
+        UserError: the run has noted none.
+    """
+    found = by_level(logged(run))
+    if not found:
+        raise UserError(f"{run} has no losses by noise level; train with validation.every above 0.")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    over_steps, at_end = figure.subplots(1, 2)
+    draw_levels(over_steps, found)
+    draw_last(at_end, found)
+    return figure
+
+
+def draw_levels(axes: Axes, found: Levels) -> None:
+    """A line for each noise level, dark where there is much noise: of averaged weights, and dotted of raw ones."""
+    for weights, levels in found.items():
+        shades = colormaps["viridis_r"]
+        for i, (at, there) in enumerate(levels.items()):
+            colour = shades(0.1 + 0.9 * i / max(1, len(levels) - 1))
+            line, label = ("-", f"{at:.1f}") if weights.endswith("ema") else (":", None)
+            curve(axes, *there, color=colour, linestyle=line, linewidth=1.2, label=label)
+    axes.set(xlabel="step", yscale="log")
+    axes.legend(title="ln SNR", fontsize=7, title_fontsize=8, frameon=False)
+    split = next(iter(found)).partition(",")[0]
+    tidy(axes, f"{split} loss by noise level (dotted: raw weights)")
+
+
+def draw_last(axes: Axes, found: Levels) -> None:
+    """The newest loss at each noise level, noise at the right."""
+    for weights, levels in found.items():
+        newest = [values[-1] for _, values in levels.values()]
+        axes.plot([*levels], newest, "o-" if weights.endswith("ema") else "s:", label=weights)
+    axes.invert_xaxis()
+    axes.set(xlabel="ln SNR (noise to the right)")
+    axes.legend(fontsize=8, frameon=False)
+    tidy(axes, "newest loss at each noise level")
