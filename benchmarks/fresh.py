@@ -33,6 +33,7 @@ class Fresh:
     unit: str
     target: float | None
     size: Any
+    long: bool = False
 
     def measure(self, effort: Effort) -> Row:
         found: dict[str, list[float]] = {"ours": [], "stock": []}
@@ -59,7 +60,9 @@ class Fresh:
 def rows(size: Any) -> Iterator[Fresh]:
     yield Fresh("import to first picture, fresh process", "draw", "s", 1 / 0.6, size)
     yield Fresh("peak memory of the first picture, fresh process", "draw", "mb", None, size)
-    yield Fresh("peak memory of latent training, 3 steps, fresh process", "train", "mb", None, size)
+    yield Fresh(
+        "peak memory of latent training, 3 steps, fresh process", "train", "mb", None, size, long=True
+    )
 
 
 def ran(side: str, task: str, folder: str) -> dict[str, float]:

@@ -124,6 +124,7 @@ class Overhead:
     """The row of the benchmark: the ratio is that of the bare step to one through a run."""
 
     name: str = "harness: a bare step against one through a run"
+    long: bool = False
     steps: int = 30
     batch: int = 16
 

@@ -15,6 +15,9 @@ class Measurable(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def long(self) -> bool: ...
+
     def measure(self, effort: Effort) -> Row: ...
 
 

@@ -28,7 +28,7 @@ class Effort:
     """Rounds at most"""
 
 
-FULL, QUICK = Effort(seconds=12, least=3), Effort(seconds=1.5, least=1)
+FULL, QUICK = Effort(seconds=10, least=2), Effort(seconds=1.5, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,8 @@ class Case:
     share_target: float | None = None
     unit: float = 1
     """Pictures, samples or steps in one call"""
+    long: bool = False
+    """Left out of a quick benchmark"""
 
     def measure(self, effort: Effort) -> Row:
         """All sides once to warm up and compare, then in turns."""

@@ -53,6 +53,7 @@ def forward(size: Shape) -> Iterator[Case]:
                 fast_peer=torch.no_grad()(partial(stock_forward, fast, x, t, cond)),
                 share_target=0.7 if batch == 16 else None,
                 unit=batch,
+                long=batch * side == 16 * 32,
             )
 
 
@@ -79,6 +80,7 @@ def sampling(size: Shape) -> Iterator[Case]:
                     target=target,
                     unit=batch,
                     precision=dtype,
+                    long=batch > 1,
                 )
 
 
@@ -99,6 +101,7 @@ def hasty(size: Shape) -> Iterator[Case]:
             target=3.0,
             unit=batch,
             precision=None,
+            long=batch > 1,
         )
 
 
