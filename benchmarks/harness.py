@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from benchmarks.timing import Effort, Row
 from ldm.cache import LatentCache
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
@@ -33,6 +36,8 @@ from ldm.unet_config import UNetConfig
 
 SHAPE = (4, 16, 16)
 PICTURES = 1024
+WARM = 2
+"""First steps that are not counted"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,29 +58,42 @@ def network(run: Run) -> UNet:
     return run.place(UNet(config))
 
 
-def through_a_run(run: Run, tokens: torch.Tensor) -> Iterator[None]:
-    """One step each time it is asked."""
-    latents = {"mean": torch.randn(PICTURES, 1, *SHAPE), "std": torch.rand(PICTURES, 1, *SHAPE)}
-    places = np.stack([np.zeros(PICTURES, dtype=int), np.arange(PICTURES)], axis=1)
-    cache, order = LatentCache([latents], 0, places, SHAPE[1]), np.arange(PICTURES)
-    unet, rates = network(run), OptimizerConfig()
+def open_run(folder: Path, steps: int, batch: int) -> Run:
+    config = RunConfig(
+        out=folder, steps=steps, batch_size=batch, precision="no", log_every=10, tracker="none"
+    )
+    return Run(config, Recipe(run=config))
+
+
+def through_a_run(
+    run: Run, unet: UNet, rates: OptimizerConfig, cache: LatentCache, tell: Callable[[dict], Cond]
+) -> Iterator[Tensor]:
+    """One step of the loop of train_ldm.py each time it is asked; gives the losses."""
     ema = EMA(0.999, unet=unet)
     wrapped, optimizer = run.prepare(unet, make_optimizer(rates, [unet]))
-    path = Flow().at(SHAPE[1] ** 2)
+    shape = cache.shape
+    path = Flow().at(shape[1] ** 2)
     denoiser = Denoiser(wrapped, path, make_prediction("flow", path))
-    for batch in run.batches(cache, order):
+    for batch in run.batches(cache, np.arange(len(cache.places))):
         with run.accelerator.accumulate(wrapped):
-            z = batch["mean"] + batch["std"] * run.normal("posterior", batch, SHAPE)
+            z = batch["mean"] + batch["std"] * run.normal("posterior", batch, shape)
+            batch["drop"] = (run.uniform("drop", batch) < 0.1).to(run.device)
             t = path.times(run.uniform("time", batch)).float().to(run.device)
-            loss = denoiser.loss(z, Cond(tokens=tokens), t=t, noise=run.normal("noise", batch, SHAPE))
+            loss = denoiser.loss(z, tell(batch), t=t, noise=run.normal("noise", batch, shape))
             run.update(loss.mean(), optimizer, rates)
         ema.update(run.step, unet=unet)
         if run.due(run.config.log_every):
             run.log()
-        yield
+        yield loss.detach()
 
 
-def alone(run: Run, tokens: torch.Tensor) -> Iterator[None]:
+def cached() -> LatentCache:
+    latents = {"mean": torch.randn(PICTURES, 1, *SHAPE), "std": torch.rand(PICTURES, 1, *SHAPE)}
+    places = np.stack([np.zeros(PICTURES, dtype=int), np.arange(PICTURES)], axis=1)
+    return LatentCache([latents], 0, places, SHAPE[1])
+
+
+def alone(run: Run, tokens: Tensor) -> Iterator[None]:
     """Forward, backward and optimizer, on noise that is there already."""
     unet = network(run)
     optimizer = make_optimizer(OptimizerConfig(), [unet])
@@ -101,35 +119,69 @@ def clock(run: Run) -> Callable[[], float]:
     return now
 
 
+@dataclass(frozen=True)
+class Overhead:
+    """The row of the benchmark: the ratio is that of the bare step to one through a run."""
+
+    name: str = "harness: a bare step against one through a run"
+    long: bool = False
+    steps: int = 30
+    batch: int = 16
+
+    def measure(self, effort: Effort, profile: cProfile.Profile | None = None) -> Row:
+        steps = min(self.steps, 3 * effort.most) if effort.least > 1 else 8
+        with tempfile.TemporaryDirectory() as folder:
+            run = open_run(Path(folder), steps + WARM + 1, self.batch)
+            tokens = torch.randn(self.batch, 16, 128, device=run.device)
+            through = through_a_run(
+                run, network(run), OptimizerConfig(), cached(), lambda _: Cond(tokens=tokens)
+            )
+            seconds = timed(through, alone(run, tokens), clock(run), steps, profile)
+        ratios = [bare / ours for ours, bare in seconds]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        ours, bare = (statistics.median(side) for side in zip(*seconds, strict=True))
+        return Row(name=self.name, ratio=middle, spread=(low, high), target=0.97, ours=ours, peer=bare)
+
+
+def timed(
+    through: Iterator[Any],
+    bare: Iterator[Any],
+    now: Callable[[], float],
+    steps: int,
+    profile: cProfile.Profile | None,
+) -> list[tuple[float, float]]:
+    """Seconds of each step through the run and of a bare one, in turns."""
+    found = []
+    for step in range(steps + WARM):
+        spent = []
+        for side in (through, bare):
+            watched = profile if side is through and step >= WARM else None
+            start = now()
+            if watched:
+                watched.enable()
+            next(side)
+            if watched:
+                watched.disable()
+            spent.append(now() - start)
+        found.append((spent[0], spent[1]))
+    return found[WARM:]
+
+
 def main() -> None:
     reader = argparse.ArgumentParser(prog="python -m benchmarks.harness", description=__doc__)
     reader.add_argument("--steps", type=int, default=30)
     reader.add_argument("--batch", type=int, default=16)
     reader.add_argument("--profile", action="store_true", help="show what a run's steps spend their time on")
     asked = reader.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        config = RunConfig(
-            out=Path(folder), steps=asked.steps + 3, batch_size=asked.batch, precision="no", log_every=10
-        )
-        run = Run(config, Recipe(run=config))
-        tokens = torch.randn(asked.batch, 16, 128, device=run.device)
-        sides, now = (through_a_run(run, tokens), alone(run, tokens)), clock(run)
-        profile = cProfile.Profile()
-        seconds: tuple[list[float], list[float]] = ([], [])
-        for step in range(asked.steps + 2):
-            for side, spent in zip(sides, seconds, strict=True):
-                watched = asked.profile and side is sides[0] and step > 1
-                if watched:
-                    profile.enable()
-                start = now()
-                next(side)
-                spent.append(now() - start)
-                profile.disable()
-        ours, bare = (statistics.median(spent[2:]) for spent in seconds)
-        extra = statistics.median(a / b - 1 for a, b in zip(*(spent[2:] for spent in seconds), strict=True))
-        print(f"through a run {ours * 1e3:.1f} ms, alone {bare * 1e3:.1f} ms, harness {extra:.1%} of a step")
-        if asked.profile:
-            pstats.Stats(profile).sort_stats("cumtime").print_stats(45)
+    profile = cProfile.Profile() if asked.profile else None
+    effort = Effort(seconds=0, least=asked.steps, most=asked.steps)
+    row = Overhead(steps=asked.steps, batch=asked.batch).measure(effort, profile)
+    print(
+        f"through a run {row.ours * 1e3:.1f} ms, alone {row.peer * 1e3:.1f} ms, "
+        f"harness {1 / row.ratio - 1:.1%} of a step"
+    )
+    if profile:
+        pstats.Stats(profile).sort_stats("cumtime").print_stats(45)
 
 
 if __name__ == "__main__":

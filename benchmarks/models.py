@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
+from torch import Tensor
 
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import Cond
@@ -18,7 +21,7 @@ TEXT, TOKENS = 384, 32
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of model; `small` for a processor, `sd15` for an accelerator."""
+    """A size of model: SMALL for a processor, EMOJI for its real loops (as configs/emoji), SD15 for an accelerator."""
 
     unet: dict[str, Any]
     autoencoder: dict[str, Any]
@@ -46,6 +49,24 @@ SMALL = Shape(
     latents=(16, 32),
     picture=64,
 )
+EMOJI = Shape(
+    unet={
+        "block_out_channels": (64, 160),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": TEXT,
+    },
+    autoencoder={
+        "block_out_channels": (16, 32, 64),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "mid_block_add_attention": False,
+    },
+    latents=(16,),
+    picture=64,
+)
 SD15 = Shape(
     unet={
         "block_out_channels": (320, 640, 1280, 1280),
@@ -67,8 +88,13 @@ def shape() -> Shape:
     return SD15 if torch.cuda.is_available() else SMALL
 
 
+def recipe() -> Shape:
+    """Of the real loops."""
+    return SD15 if torch.cuda.is_available() else EMOJI
+
+
 def unets(size: Shape) -> tuple[UNet, Any]:
-    """Ours as it is used here, channels-last, and diffusers' as it comes; the same weights."""
+    """Ours, channels-last, and diffusers' as it comes; the same weights."""
     torch.manual_seed(0)
     peer: Any = diffusers.UNet2DConditionModel(**size.unet, sample_size=size.latents[0])
     peer = peer.to(device())
@@ -92,7 +118,22 @@ def autoencoders(size: Shape) -> tuple[AutoencoderKL, Any]:
     return ours.to(memory_format=torch.channels_last), peer  # type: ignore[call-overload]
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+def hurried(peer: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A copy with what diffusers' guides to speed advise: channels-last, q, k and v as one, a precision; on a GPU
+    compiled. On a CPU not: there compiling took 35 to 60 seconds a network and gave 4 % (docs/log.md)."""
+    peer = copy.deepcopy(peer).to(dtype).to(memory_format=torch.channels_last)
+    peer.fuse_qkv_projections()
+    if device() == "cuda":
+        peer.compile(mode="max-autotune", fullgraph=True)
+    return peer
+
+
+def compiled(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Ours on a GPU, with graphs."""
+    return torch.compile(network, mode="max-autotune") if device() == "cuda" else network
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device())
 
 

@@ -1,11 +1,11 @@
-"""Two ways to the same result, timed in turns: machines are noisy, so only ratios from one run are claimed."""
+"""Ways to the same result, timed in turns: machines are noisy, so only ratios from one run are claimed."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,66 +17,122 @@ Work = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row to be measured. Both sides give what is compared, a tensor, or None where nothing is."""
+class Effort:
+    """How long each row is measured."""
 
-    name: str
-    ours: Work
-    peer: Work
-    target: float | None = None
-    """Ratio to reach on this kind of machine"""
-    precision: torch.dtype = torch.float32
-    """In which matrices are multiplied, for the share of peak"""
-    unit: float = 1
-    """Pictures, samples or steps in one call"""
+    seconds: float
+    """After which no round is begun"""
+    least: int
+    """Rounds whatever they take"""
+    most: int = 15
+    """Rounds at most"""
+
+
+FULL, QUICK = Effort(seconds=10, least=2), Effort(seconds=1.5, least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What came of a case. Seconds are medians of one call."""
+    """What came of a case. `ours` and `peer` are medians, in `unit`."""
 
     name: str
     ratio: float
-    """Median of the ratios peer / ours of the rounds"""
-    spread: tuple[float, float]
-    """Quartiles of these ratios"""
-    target: float | None
-    difference: float | None
+    """peer / ours: the median of the rounds"""
+    ours: float
+    peer: float
+    unit: str = "s"
+    """s: seconds of one call; mb: megabytes at most held"""
+    spread: tuple[float, float] | None = None
+    """Quartiles of the ratio"""
+    target: float | None = None
+    """Ratio to reach on this kind of machine"""
+    difference: float | None = None
     """Largest difference of the results over the largest absolute value of the peer's"""
-    ours_s: float
-    peer_s: float
-    per_second: float
+    fast_peer: float | None = None
+    """The peer with its documented fast settings, in `unit`"""
+    fast_ratio: float | None = None
+    """fast_peer / ours, likewise"""
+    per_second: float | None = None
     """Pictures, samples or steps a second, ours"""
-    share_of_peak: float
-    """Floating-point operations a second of ours over those of this machine's matrix product"""
+    share_of_peak: float | None = None
+    """Floating-point operations of the peer's formulas a second of ours, over those of this machine's matrix product"""
+    share_target: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As the record keeps it."""
+        unit = self.unit
+        return {
+            "name": self.name,
+            "ratio": self.ratio,
+            "spread": self.spread,
+            "target": self.target,
+            "difference": self.difference,
+            f"ours_{unit}": self.ours,
+            f"peer_{unit}": self.peer,
+            f"fast_peer_{unit}": self.fast_peer,
+            "fast_ratio": self.fast_ratio,
+            "per_second": self.per_second,
+            "share_of_peak": self.share_of_peak,
+            "share_target": self.share_target,
+        }
 
 
-def measure(case: Case, rounds: int) -> Row:
-    """Both sides once to warm up and compare, then `rounds` times in turns."""
-    with FlopCounterMode(display=False) as counter:
-        made = case.ours()
-    expected = case.peer()
-    ours, peer = [], []
-    for _ in range(rounds):
-        ours.append(seconds(case.ours))
-        peer.append(seconds(case.peer))
-    ratios = [b / a for a, b in zip(ours, peer, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4) if rounds > 1 else [ratios[0]] * 3
-    typical = statistics.median(ours)
-    return Row(
-        name=case.name,
-        ratio=quartiles[1],
-        spread=(quartiles[0], quartiles[2]),
-        target=case.target,
-        difference=difference(made, expected),
-        ours_s=typical,
-        peer_s=statistics.median(peer),
-        per_second=case.unit / typical,
-        share_of_peak=counter.get_total_flops() / typical / matrix_rate(case.precision),
-    )
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row to be timed. All sides give what is compared, a tensor, or None where nothing is."""
+
+    name: str
+    ours: Work
+    peer: Work
+    fast_peer: Work | None = None
+    target: float | None = None
+    precision: torch.dtype | None = torch.float32
+    """In which matrices are multiplied, for the share of peak; None where most of the work is something else"""
+    share_target: float | None = None
+    unit: float = 1
+    """Pictures, samples or steps in one call"""
+    long: bool = False
+    """Left out of a quick benchmark"""
+
+    def measure(self, effort: Effort) -> Row:
+        """All sides once to warm up and compare, then in turns."""
+        made = self.ours()
+        with FlopCounterMode(display=False) as counter:
+            expected = self.peer()
+        sides = [self.ours, self.peer, *([self.fast_peer] if self.fast_peer else [])]
+        if self.fast_peer:
+            self.fast_peer()
+        rounds = in_turns(sides, effort)
+        ours, peer, *fast = (list(times) for times in zip(*rounds, strict=True))
+        ratios = [b / a for a, b in zip(ours, peer, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        typical = statistics.median(ours)
+        share = None
+        if self.precision:
+            share = counter.get_total_flops() / typical / matrix_rate(self.precision)
+        return Row(
+            name=self.name,
+            ratio=quartiles[1],
+            spread=(quartiles[0], quartiles[2]),
+            target=self.target,
+            difference=difference(made, expected),
+            ours=typical,
+            peer=statistics.median(peer),
+            fast_peer=statistics.median(fast[0]) if fast else None,
+            fast_ratio=statistics.median(b / a for a, b in zip(ours, fast[0], strict=True)) if fast else None,
+            per_second=self.unit / typical,
+            share_of_peak=share,
+            share_target=self.share_target,
+        )
+
+
+def in_turns(sides: list[Work], effort: Effort) -> list[list[float]]:
+    """Seconds of each side, round by round."""
+    rounds: list[list[float]] = []
+    end = time.perf_counter() + effort.seconds
+    while len(rounds) < effort.least or (time.perf_counter() < end and len(rounds) < effort.most):
+        rounds.append([seconds(side) for side in sides])
+    return rounds
 
 
 def seconds(work: Work) -> float:
@@ -105,4 +161,4 @@ def matrix_rate(precision: torch.dtype) -> float:
     side = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(side, side, device=device, dtype=precision) for _ in range(2))
     a @ b
-    return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5))
+    return 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(8))

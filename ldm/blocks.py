@@ -309,6 +309,5 @@ class UpBlock(Block):
             x = self.layer(i, torch.cat([x, skips.pop()], dim=1), emb, prompt)
         for upsample in self.upsamplers:
             # On the way down odd sizes were rounded up, so that doubling would overshoot.
-            x = F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest")
-            x = upsample.conv(x)  # type: ignore[operator]
+            x = upsample.resized(x, tuple(skips[-1].shape[-2:]))  # type: ignore[operator]
         return x

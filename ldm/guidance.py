@@ -138,6 +138,7 @@ def guided(
             f"guidance scale is {by.scale}, but null is None; pass the condition to move away from"
         )
     plain = by.scale == 1 or (weak is None and not told)
+    both = None if plain or weak or null is None else Cond.cat(null, cond)
     before: Tensor | None = None
 
     def denoise(x: Tensor, level: Level) -> Tensor:
@@ -148,8 +149,8 @@ def guided(
         if weak:
             to, away = denoiser.output(x, level, cond), weak.output(x, level, cond if null is None else null)
         else:
-            assert null is not None
-            away, to = denoiser.output(torch.cat([x, x]), level, Cond.cat(null, cond)).chunk(2)
+            assert both is not None
+            away, to = denoiser.output(torch.cat([x, x]), level, both).chunk(2)
         if by.projection:
             estimates = denoiser.to_x0(x, to, level), denoiser.to_x0(x, away, level)
             x0, before = by.projection(*estimates, by.scale, before)

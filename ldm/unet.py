@@ -37,6 +37,11 @@ def sinusoids(x: Tensor, channels: int, *, cos_first: bool, freq_shift: float) -
     return torch.cat(parts, dim=1)
 
 
+def mask_bias(mask: Tensor) -> Tensor:
+    """Which tokens count [B,L] => what is added to their scores [B,1,1,L]."""
+    return (~mask)[:, None, None, :] * MASKED
+
+
 class EmbeddingMLP(nn.Module):
     """Two linear layers that take embedded numbers to the channels of the time embedding."""
 
@@ -107,12 +112,11 @@ class UNet(nn.Module):
 
         Returns [B,out_channels,H,W]. Raises ValueError where x, t or cond do not fit the config.
         """
-        self._check(x, t, cond)
+        self.check(x, t, cond)
         emb = self.embed(t, cond)
         prompt = None
         if cond.tokens is not None:
-            bias = None if cond.mask is None else (~cond.mask)[:, None, None, :] * MASKED
-            prompt = Prompt(cond.tokens, bias)
+            prompt = Prompt(cond.tokens, None if cond.mask is None else mask_bias(cond.mask))
         x = self.conv_in(x)
         skips = [x]
         for block in self.down_blocks:
@@ -138,7 +142,8 @@ class UNet(nn.Module):
         config = self.config
         return sinusoids(x, channels, cos_first=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
-    def _check(self, x: Tensor, t: Tensor, cond: Cond) -> None:
+    def check(self, x: Tensor, t: Tensor, cond: Cond) -> None:
+        """Raise ValueError where x, t or cond do not fit the config."""
         if x.ndim != 4 or x.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"x has shape {list(x.shape)}, but this U-Net reads [B, {self.config.in_channels}, H, W]."

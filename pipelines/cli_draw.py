@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,11 @@ def seed_option(reader: argparse.ArgumentParser) -> None:
 
 
 def out_options(reader: argparse.ArgumentParser) -> None:
-    """Where to, and who looks at it before."""
+    """Where to, how exactly, and who looks at it before."""
+    help = "bf16 is faster where the processor has it, and pictures differ slightly (default f32)"
+    reader.add_argument("--precision", choices=("f32", "bf16"), default="f32", help=help)
+    help = "compute the inner levels of the U-Net once in N steps: faster, other pictures (default 1: always)"
+    reader.add_argument("--reuse", type=int, default=1, metavar="N", help=help)
     help = "folder for the pictures and sheet.png"
     reader.add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
     help = "a stock safety checker, folder or hub name: pictures that it flags are not written"
@@ -129,7 +134,8 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     credentials_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
-    return LatentDiffusion.from_pretrained(options.model).to(best_device()), checker
+    model = LatentDiffusion.from_pretrained(options.model).to(best_device())
+    return replace(model, precision=options.precision, reuse=options.reuse), checker
 
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:

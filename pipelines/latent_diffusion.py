@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,7 @@ from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, text_of
 from ldm.denoiser import Denoiser
+from ldm.device import DTYPES, Precision, to_decode, to_draw
 from ldm.guidance import Guidance, guided
 from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
@@ -42,6 +43,10 @@ class LatentDiffusion:
     Nothing is kept from one call to the next, so that threads may draw with one object at once.
     `sampler` is the one that is used unless a call names another, and the one that a saved folder names, with the
     `spacing` of its steps; without, the sampler's usual one.
+    In `precision` bf16 drawing is faster, and pictures differ slightly. With `fast`, networks are prepared for a CPU
+    each time something is drawn (`ldm.fast`), which changes results by rounding; without, they are run as they are.
+    `reuse` above 1 computes the coarser levels of the U-Net once in so many steps (DeepCache, Ma et al. 2024): faster,
+    and other pictures.
     """
 
     autoencoder: AutoencoderKL
@@ -53,6 +58,14 @@ class LatentDiffusion:
     spacing: Spacing | None = None
     task: Task | None = None
     """If it begins with a picture: `pipelines.tasks` is what such a model is for."""
+    precision: Precision = "f32"
+    fast: bool = True
+    reuse: int = 1
+
+    def __post_init__(self) -> None:
+        require_int("reuse", self.reuse, 1, 2**31)
+        if self.precision not in DTYPES:
+            raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(DTYPES)}")
 
     @property
     def device(self) -> torch.device:
@@ -80,6 +93,7 @@ class LatentDiffusion:
         size: tuple[int, int] | None = None,
         batch: int = 16,
         tile: int | None = None,
+        precision: Precision | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw `n` pictures for each prompt, in the order of the prompts.
@@ -98,12 +112,13 @@ class LatentDiffusion:
             batch: pictures drawn together.
             tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
                 which is shared with each neighbour: memory for one tile, faint seams (`autoencoder.tiling`).
+            precision: f32, or bf16, in which pictures differ slightly; by default the model's.
 
         Raises:
-            ValueError: names an argument that is out of range, an unknown sampler or class; seeds that are not as
-                many as the pictures.
+            ValueError: names what is out of range or unknown, or seeds that are not as many as the pictures.
             TypeError: names an argument of another type, such as a prompt that is no text.
         """
+        self = replace(self, precision=precision or self.precision)
         if tile is not None:
             tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
@@ -115,14 +130,13 @@ class LatentDiffusion:
         sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
-            for first in range(0, count, batch):
-                last = min(count, first + batch)
-                some = {key: value[first:last] for key, value in read.items()}
-                denoise = self.guided(some, last - first, shape, guidance, negative)
-                noise = noise_of(seeds[first:last], shape, self.device)
+            for part in (slice(first, min(count, first + batch)) for first in range(0, count, batch)):
+                some = {key: value[part] for key, value in read.items()}
+                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative)
+                noise = noise_of(seeds[part], shape, self.device)
                 z = sample(denoise, noise(-1) * start, grid, noise=noise)
                 images += to_images(self.decode(z, tile))
-                bar.update(last - first)
+                bar.update(len(seeds[part]))
         return images
 
     def sampler_for(
@@ -234,7 +248,9 @@ class LatentDiffusion:
         return self.autoencoder.config.latent_channels, height, width
 
     def denoiser(self) -> Denoiser:
-        return Denoiser(self.unet, self.path, self.prediction)
+        """To draw with: no gradients, and the weights that the U-Net has now."""
+        network = to_draw(self.unet, self.precision, prepare=self.fast, reuse=self.reuse)
+        return Denoiser(network, self.path, self.prediction)
 
     def image(self, given: Given, noise: Callable[[], Tensor]) -> Tensor:
         """What the task gives the U-Net of a batch of pictures, [B,C',h,w].
@@ -258,7 +274,7 @@ class LatentDiffusion:
         config = self.autoencoder.config
         raw = z / config.scaling_factor + (config.shift_factor or 0.0)
         if tile is None or max(raw.shape[2:]) * config.factor <= tile:
-            return self.autoencoder.decode(raw)
+            return to_decode(self.autoencoder, self.precision, prepare=self.fast)(raw)
         # Tiling hooks into the network: into a copy of its own, of the same weights, as other threads decode too.
         own = deepcopy(self.autoencoder, {id(weight): weight for weight in self.autoencoder.parameters()})
         return torch.cat([tiling.decode(own, one, tile=tile) for one in raw.split(1)])

@@ -80,8 +80,10 @@ def fingerprint(model: LatentDiffusion) -> str:
 
 
 def arithmetic(model: LatentDiffusion) -> str:
-    """On what pictures are drawn now, such as "2.15.0 cpu"."""
-    return f"{torch.__version__} {model.device.type}"
+    """On what pictures are drawn now, and how if not exactly, such as "2.15.0 cpu" or "2.15.0 cpu bf16 reuse 2"."""
+    words = [torch.__version__, model.device.type]
+    words += [model.precision] if model.precision != "f32" else []
+    return " ".join([*words, *(["reuse", str(model.reuse)] if model.reuse > 1 else [])])
 
 
 def read_record(file: Path) -> tuple[Record, Image.Image]:

@@ -1,0 +1,97 @@
+"""The autoencoder: pixels to latents, latents to pixels, a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoencoder.kl import AutoencoderKL
+from benchmarks.models import Shape, autoencoders, hurried, normal
+from benchmarks.timing import Case
+from benchmarks.unet_rows import Autocast, Step, autocast, stepper
+from ldm.device import DTYPES, Precision, to_decode, to_encode
+
+
+def passes(size: Shape) -> Iterator[Case]:
+    """In bf16, ours is compared with the peer in float32: the difference says what it costs. Preparation included."""
+    ours, peer = autoencoders(size)
+    pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
+    with torch.no_grad():
+        latents = ours.encode(pixels).mean
+    for precision, dtype in DTYPES.items():
+        fast = hurried(peer, dtype)
+        about, target = ("f32", 1.3) if precision == "f32" else ("bf16 against f32", 2.5)
+        yield Case(
+            name=f"encode, {about}",
+            ours=partial(encode, ours, pixels, precision),
+            peer=partial(stock_encode, peer, pixels),
+            fast_peer=partial(stock_encode, fast, pixels),
+            unit=8,
+            precision=dtype,
+        )
+        yield Case(
+            name=f"decode, {about}",
+            ours=partial(decode, ours, latents, precision),
+            peer=partial(stock_decode, peer, latents),
+            fast_peer=partial(stock_decode, fast, latents),
+            target=target,
+            unit=8,
+            precision=dtype,
+        )
+
+
+def encode(model: AutoencoderKL, pixels: Tensor, precision: Precision) -> Tensor:
+    return to_encode(model, precision)(pixels).mean
+
+
+def decode(model: AutoencoderKL, latents: Tensor, precision: Precision) -> Tensor:
+    return to_decode(model, precision)(latents)
+
+
+@torch.no_grad()
+def stock_encode(model: Any, pixels: Tensor) -> Tensor:
+    return model.encode(pixels.to(model.dtype)).latent_dist.mean.float()
+
+
+@torch.no_grad()
+def stock_decode(model: Any, latents: Tensor) -> Tensor:
+    return model.decode(latents.to(model.dtype)).sample.float()
+
+
+def training(size: Shape) -> Iterator[Case]:
+    """Forward, L2 + KL, backward, AdamW, on pixels at hand."""
+    pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
+    for precision, dtype in DTYPES.items():
+        ours, peer = autoencoders(size)
+        side = size.picture // ours.config.factor
+        noise = normal(8, 4, side, side, seed=2)
+        fast, cast = hurried(peer), autocast(precision)
+        yield Case(
+            name=f"autoencoder training step, {precision}",
+            ours=partial(our_step, ours, pixels, noise, stepper(ours), cast),
+            peer=partial(stock_step, peer, pixels, noise, stepper(peer), cast),
+            fast_peer=partial(stock_step, fast, pixels, noise, stepper(fast), cast),
+            target=1.4,
+            unit=8,
+            precision=dtype,
+        )
+
+
+def our_step(model: AutoencoderKL, pixels: Tensor, noise: Tensor, step: Step, cast: Autocast) -> Tensor:
+    with cast():
+        made, posterior = model(pixels.contiguous(memory_format=torch.channels_last), noise)
+        loss = F.mse_loss(made.float(), pixels) + 1e-6 * posterior.kl().mean() / pixels[0].numel()
+    return step(loss)
+
+
+def stock_step(model: Any, pixels: Tensor, noise: Tensor, step: Step, cast: Autocast) -> Tensor:
+    with cast():
+        posterior = model.encode(pixels).latent_dist
+        made = model.decode(posterior.mean + posterior.std * noise).sample
+        loss = F.mse_loss(made.float(), pixels) + 1e-6 * posterior.kl().mean() / pixels[0].numel()
+    return step(loss)

@@ -1,0 +1,185 @@
+"""What only a fresh process shows: how long the first picture takes from `import` on, and the most memory held.
+
+    python -m benchmarks.fresh ours|stock draw|train FOLDER
+
+does one of it and prints {"seconds", "peak_mb"}; nothing of the other side is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import Effort, Row
+
+PROMPT, STEPS, GUIDANCE, BATCH = "a large red circle", 20, 4.0, 16
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """A row of fresh processes: `task` by ours and by diffusers, on the folder that `make` writes."""
+
+    name: str
+    task: str
+    unit: str
+    target: float | None
+    size: Any
+    long: bool = False
+
+    def measure(self, effort: Effort) -> Row:
+        found: dict[str, list[float]] = {"ours": [], "stock": []}
+        with tempfile.TemporaryDirectory() as folder:
+            save(self.size, Path(folder))
+            for _ in range(effort.least):
+                for side, values in found.items():
+                    values.append(ran(side, self.task, folder)["peak_mb" if self.unit == "mb" else "seconds"])
+            made = [Path(folder) / f"{side}.png" for side in found]
+            unlike = difference(*made) if self.task == "draw" else None
+        ratios = [b / a for a, b in zip(found["ours"], found["stock"], strict=True)]
+        return Row(
+            name=self.name,
+            ratio=statistics.median(ratios),
+            spread=(min(ratios), max(ratios)),
+            target=self.target,
+            unit=self.unit,
+            ours=statistics.median(found["ours"]),
+            peer=statistics.median(found["stock"]),
+            difference=unlike,
+        )
+
+
+def rows(size: Any) -> Iterator[Fresh]:
+    yield Fresh("import to first picture, fresh process", "draw", "s", 1 / 0.6, size)
+    yield Fresh("peak memory of the first picture, fresh process", "draw", "mb", None, size)
+    yield Fresh(
+        "peak memory of latent training, 3 steps, fresh process", "train", "mb", None, size, long=True
+    )
+
+
+def ran(side: str, task: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.fresh", side, task, folder]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def save(size: Any, folder: Path) -> None:
+    """A stock pipeline of random weights, with a small text encoder."""
+    import torch
+
+    from benchmarks.models import TOKENS, autoencoders, unets
+    from benchmarks.unet_rows import PATH
+    from ldm.conditioning import Text
+    from ldm.encoders import TextConfig, small
+    from ldm.prediction import make_prediction
+    from pipelines import LatentDiffusion
+
+    torch.manual_seed(0)
+    width = size.unet["cross_attention_dim"]
+    config = TextConfig(width=width, layers=6, heads=width // 64, max_length=TOKENS)
+    model = LatentDiffusion(
+        autoencoder=autoencoders(size)[0].cpu(),
+        unet=unets(size)[0].cpu(),
+        conditioner=Text(small(config, [PROMPT]), frozen=True),
+        path=PATH,
+        prediction=make_prediction("epsilon", PATH),
+    )
+    model.save_pretrained(folder / "model")
+
+
+def difference(one: Path, other: Path) -> float:
+    """Largest difference of two pictures, of 1."""
+    import numpy as np
+    from PIL import Image
+
+    a, b = (np.asarray(Image.open(file), dtype=float) for file in (one, other))
+    return float(abs(a - b).max() / 255)
+
+
+def draw_ours(folder: Path) -> None:
+    from pipelines import LatentDiffusion
+    from pipelines.latent_diffusion import best_device
+
+    model = LatentDiffusion.from_pretrained(folder / "model").to(best_device())
+    model(PROMPT, steps=STEPS, guidance=GUIDANCE)[0].save(folder / "ours.png")
+
+
+def draw_stock(folder: Path) -> None:
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    model = StableDiffusionPipeline.from_pretrained(folder / "model")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    made = model(PROMPT, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generator)
+    made.images[0].save(folder / "stock.png")
+
+
+def train_ours(folder: Path) -> None:
+    from ldm.conditioning import Cond
+    from ldm.unet import UNet
+
+    unet = UNet.from_pretrained(folder / "model" / "unet").train()
+    train(unet, unet.config, lambda x, t, tokens: unet(x, t, Cond(tokens=tokens)))
+
+
+def train_stock(folder: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    unet: Any = UNet2DConditionModel.from_pretrained(folder / "model" / "unet").train()
+    train(unet, unet.config, lambda x, t, tokens: unet(x, t, tokens).sample)
+
+
+def train(unet: Any, config: Any, forward: Any) -> None:
+    """Three steps of AdamW on noise."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet.to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-9, fused=True)
+    x = torch.randn(BATCH, 4, config.sample_size, config.sample_size, device=device)
+    tokens = torch.randn(BATCH, 32, config.cross_attention_dim, device=device)
+    for _ in range(3):
+        forward(x, torch.full((BATCH,), 500.0, device=device), tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+TASKS = {
+    ("ours", "draw"): draw_ours,
+    ("stock", "draw"): draw_stock,
+    ("ours", "train"): train_ours,
+    ("stock", "train"): train_stock,
+}
+
+
+def main() -> None:
+    start = time.perf_counter()
+    side, task, folder = sys.argv[1:]
+    TASKS[side, task](Path(folder))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
+
+
+def peak_mb() -> float:
+    """On a GPU of its memory, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What is done differently on one kind of device than on another, chosen here from measurements (docs/log.md).
+
+Drawing, and coding pictures:
+    CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed when they are made
+    others  the networks as they are, channels-last, under autocast if bf16 is asked for
+Chosen elsewhere, because one way is the best on all: AdamW in one fused kernel (`ldm.optim`), averages of weights by
+multi-tensor operations (`ldm.ema`), PyTorch's own attention but for short bf16 training on a CPU (`ldm.blocks.attend`).
+Compiling is left to `run.compile`: it pays on a GPU, and gave 4 % for a minute of compiling on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from autoencoder import fast as autoencoder_fast
+from autoencoder.kl import AutoencoderKL, Posterior
+from ldm import fast
+from ldm.conditioning import Cond
+from ldm.denoiser import Network
+from ldm.unet import UNet
+
+Precision = Literal["f32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True, reuse: int = 1) -> Network:
+    """What to call in place of the U-Net to draw with the weights it has now; results are float32.
+
+    Args:
+        precision: f32 gives what the U-Net gives, to rounding; bf16 is faster, and draws slightly otherwise.
+        prepare: false leaves out the preparation for the CPU.
+        reuse: see `ldm.fast.Prepared`; above 1, networks are prepared on any device.
+    """
+    if reuse > 1 or (prepare and device_of(unet) == "cpu"):
+        return fast.Prepared(unet, DTYPES[precision], reuse)
+
+    def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return unet(x, t, cond).float()
+
+    return network
+
+
+def to_decode(
+    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True
+) -> Callable[[Tensor], Tensor]:
+    """What to call in place of the autoencoder's `decode`, likewise."""
+    if prepare and device_of(autoencoder) == "cpu":
+        return autoencoder_fast.Prepared(autoencoder, DTYPES[precision]).decode
+
+    def decode(z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return autoencoder.decode(z).float()
+
+    return decode
+
+
+def to_encode(
+    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True
+) -> Callable[[Tensor], Posterior]:
+    """What to call in place of the autoencoder's `encode`, likewise."""
+    if prepare and device_of(autoencoder) == "cpu":
+        return autoencoder_fast.Prepared(autoencoder, DTYPES[precision]).encode
+
+    def encode(x: Tensor) -> Posterior:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
+
+    return encode
+
+
+def device_of(module: torch.nn.Module) -> str:
+    return next(module.parameters()).device.type

@@ -1,0 +1,237 @@
+"""Prepared networks against the plain ones: the same on every supported shape, with packed weights and without."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from autoencoder import packed
+from autoencoder.fast import Prepared as PreparedAutoencoder
+from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from ldm.conditioning import ClassLabels, Cond
+from ldm.fast import Prepared
+from ldm.paths import VP
+from ldm.prediction import make_prediction
+from ldm.unet import UNet, UNetConfig
+from pipelines import LatentDiffusion
+from tests.test_unet import SHAPES, TEXT, difference, inputs, randomise
+
+SIZES = [(8, 8), (10, 14), (9, 13), (3, 5)]
+
+
+@pytest.fixture(params=["packed", "plain"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With oneDNN's operators, and as on a machine where they are missing."""
+    if request.param == "plain":
+        monkeypatch.setattr(packed, "packs", lambda dtype: False)
+    elif not packed.packs(torch.float32):
+        pytest.skip("oneDNN's fused operators are missing here")
+    return request.param
+
+
+def unet(name: str) -> UNet:
+    torch.manual_seed(0)
+    return randomise(UNet(UNetConfig(**SHAPES[name]))).requires_grad_(False)  # type: ignore[return-value]
+
+
+def guided_pair(cond: Cond) -> Cond:
+    """The batch told something else, and the batch: as guidance asks."""
+    return Cond.cat(Cond(*(None if part is None else part.flip(0) for part in cond)), cond)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_same_on_every_shape(name: str, kind: str) -> None:
+    plain = unet(name)
+    fast = Prepared(plain)
+    for size in SIZES:
+        x, t, cond = inputs(plain.config, size)
+        for times in (t, t[:1].expand(2)):  # a time for each sample, and one for all as when drawing
+            assert difference(fast(x, times, cond), plain(x, times, cond)) <= 1e-5
+        both, pair, times = guided_pair(cond), torch.cat([x, x]), t[:1].expand(4)
+        assert difference(fast(pair, times, both), plain(pair, times, both)) <= 1e-5
+
+
+def test_masked_tokens_and_many_prompts() -> None:
+    """Keys and values are those of the prompt that is given, whatever came before."""
+    plain = unet("sd15")
+    fast = Prepared(plain)
+    x, t, cond = inputs(plain.config)
+    masked = cond._replace(mask=torch.tensor([[True] * 4 + [False] * 3, [False] * 7]))
+    longer = Cond(tokens=torch.cat([cond.tokens, cond.tokens], dim=1))
+    for told in (cond, masked, cond, longer, masked):
+        assert difference(fast(x, t, told), plain(x, t, told)) <= 1e-5
+
+
+def test_twins_are_one_until_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first convolution sees half of a guided pair, and all of a batch whose halves differ."""
+    plain = unet("sd15")
+    fast, seen = Prepared(plain), []
+    first = fast.conv_in
+    monkeypatch.setattr(fast, "conv_in", lambda x: seen.append(len(x)) or first(x))
+    x, t, cond = inputs(plain.config)
+    both, t = guided_pair(cond), t[:1].expand(4)
+    fast(torch.cat([x, x]), t, both)
+    fast(torch.cat([x, x + 1e-6]), t, both)
+    fast(torch.cat([x, x]), torch.tensor([3.0, 3.0, 5.0, 5.0]), both)
+    assert seen == [2, 4, 4]
+
+
+def test_eight_threads_draw_as_one() -> None:
+    """With a prepared network each and one between them, which is told eight things in turns."""
+    plain = unet("sd21")
+    x, t, cond = inputs(plain.config)
+    told = [Cond(tokens=cond.tokens + i) for i in range(8)]
+    wanted, shared = [plain(x, t, c) for c in told], Prepared(plain)
+    worst = [0.0] * 8
+
+    def draw(i: int) -> None:
+        own = Prepared(plain)
+        for _ in range(10):
+            made = max(difference(network(x, t, told[i]), wanted[i]) for network in (own, shared))
+            worst[i] = max(worst[i], made)
+
+    threads = [threading.Thread(target=draw, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) <= 1e-5
+
+
+def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first call is exact; between, the finest level is computed; what does not fit is not reused."""
+    plain = unet("sdxl")
+    fast, coarse = Prepared(plain, reuse=3), []
+    middle = fast.middle.layers
+    monkeypatch.setattr(fast.middle, "layers", lambda *args: coarse.append(1) or middle(*args))
+    x, t, cond = inputs(plain.config)
+    assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5
+    assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5  # nothing has changed since
+    assert difference(fast(2 * x, t, cond), plain(2 * x, t, cond)) > 1e-3
+    assert len(coarse) == 1
+    for wide, told in ((torch.cat([x, x], 3), cond), (x, cond._replace(tokens=cond.tokens + 1))):
+        assert difference(fast(wide, t, told), plain(wide, t, told)) <= 1e-5
+    with pytest.raises(ValueError, match="reuse is 0"):
+        Prepared(plain, reuse=0)
+
+
+def test_weights_of_the_time_of_preparing(kind: str) -> None:
+    """A change of the U-Net needs another preparation, as its docstring says, and gets it."""
+    plain = unet("scale and shift")
+    Prepared(plain)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p += 0.05
+    x, t, cond = inputs(plain.config)
+    assert difference(Prepared(plain)(x, t, cond), plain(x, t, cond)) <= 1e-5
+
+
+def test_bfloat16_is_near() -> None:
+    plain = unet("sdxl")
+    x, t, cond = inputs(plain.config)
+    made = Prepared(plain, torch.bfloat16)(x, t, cond)
+    assert made.dtype == torch.float32
+    assert 1e-4 < difference(made, plain(x, t, cond)) <= 0.1
+
+
+def test_wrong_input_is_refused() -> None:
+    plain = unet("sd15")
+    x, t, cond = inputs(plain.config)
+    with pytest.raises(ValueError, match="t has shape"):
+        Prepared(plain)(x, t[:1], cond)
+    with pytest.raises(ValueError, match="dropout"):
+        Prepared(UNet(UNetConfig(**TEXT, dropout=0.1)).train())
+
+
+@pytest.mark.parametrize("fault", ["missing", "wrong"])
+def test_without_the_operators_it_says_so_once(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Faulty:
+        def __getattr__(self, name: str) -> object:
+            if fault == "missing":
+                raise AttributeError(f"no {name}")
+            return getattr(torch.ops.mkldnn, name) if "reorder" in name else Off()
+
+    class Off:
+        def __call__(self, x: torch.Tensor, *rest: object) -> torch.Tensor:
+            return torch.ones_like(x)
+
+        binary = __call__
+
+    monkeypatch.setattr(packed, "ONEDNN", Faulty())
+    packed.packs.cache_clear()
+    plain = unet("sd15")
+    x, t, cond = inputs(plain.config)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = Prepared(plain)(x, t, cond)
+    finally:
+        packed.packs.cache_clear()
+    assert [str(w.message) for w in caught if "oneDNN" in str(w.message)] == [str(caught[0].message)]
+    assert ("no _" if fault == "missing" else "off by") in str(caught[0].message)
+    assert difference(made, plain(x, t, cond)) <= 1e-5
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("quant", [True, False])
+def test_autoencoders(attention: bool, quant: bool, kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(
+        block_out_channels=(16, 24, 32),
+        norm_num_groups=8,
+        mid_block_add_attention=attention,
+        use_quant_conv=quant,
+        use_post_quant_conv=quant,
+    )
+    plain = randomise(AutoencoderKL(config)).requires_grad_(False)
+    fast = PreparedAutoencoder(plain)
+    for height, width in ((16, 16), (20, 28), (4, 12)):
+        x = torch.randn(2, 3, height, width)
+        posterior, wanted = fast.encode(x), plain.encode(x)
+        assert difference(posterior.mean, wanted.mean) <= 1e-5
+        assert difference(posterior.logvar, wanted.logvar) <= 1e-5
+        assert difference(fast.decode(wanted.mean), plain.decode(wanted.mean)) <= 1e-5
+    half = PreparedAutoencoder(plain, torch.bfloat16)
+    assert 1e-4 < difference(half.decode(wanted.mean), plain.decode(wanted.mean)) <= 0.1
+    with pytest.raises(ValueError, match="z has the shape"):
+        fast.decode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        fast.encode(torch.zeros(1, 3, 6, 8))
+
+
+def test_models_draw_so() -> None:
+    """By default prepared, and the same without; eight threads draw as one; bf16 and reuse only if asked for."""
+    torch.manual_seed(0)
+    side = {"block_out_channels": (16, 32), "norm_num_groups": 8}
+    coder = AutoencoderKL(AutoencoderConfig(**side, mid_block_add_attention=False)).eval()
+    path = VP()
+    model = LatentDiffusion(
+        autoencoder=coder.requires_grad_(False),
+        unet=unet("classes"),
+        conditioner=ClassLabels(["a", "b", "c", "d"]),
+        path=path,
+        prediction=make_prediction("v", path),
+    )
+
+    def draw(model: LatentDiffusion, name: str, **settings: Any) -> np.ndarray:
+        images = model(name, n=2, steps=6, size=(16, 24), **settings)
+        return np.stack([np.asarray(image, dtype=int) for image in images])
+
+    wanted = {name: draw(replace(model, fast=False), name) for name in "abcd"}
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda name: draw(model, name), "abcdabcd"))
+    for name, pictures in zip("abcdabcd", made, strict=True):
+        assert abs(pictures - wanted[name]).max() <= 1
+    assert abs(draw(model, "a", precision="bf16") - wanted["a"]).max() > 1
+    assert abs(draw(replace(model, reuse=3), "a") - wanted["a"]).max() > 1
+    with pytest.raises(ValueError, match="precision is 'fp8'; choose one of f32, bf16"):
+        draw(model, "a", precision="fp8")
+    with pytest.raises(ValueError, match="reuse is 0"):
+        replace(model, reuse=0)
