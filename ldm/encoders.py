@@ -156,6 +156,9 @@ def quietly() -> Iterator[None]:
     """While open, `transformers` shows no progress bars of its own; those of downloads stay."""
     from transformers.utils import logging
 
+    if not hasattr(logging, "set_tqdm_hook"):  # before 5.5, which shows them
+        yield
+        return
     before = logging.set_tqdm_hook(lambda make, words, keys: make(*words, **keys | {"disable": True}))
     try:
         yield
