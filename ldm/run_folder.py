@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from autoencoder.files import mend
@@ -68,6 +71,20 @@ def changed_settings(out: Path, recipe: Any) -> list[str]:
             "Set them back to go on with it, or choose another run.out."
         )
     return changed
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a run runs on, in words, for history.jsonl."""
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    return {
+        "device": str(device),
+        "machine": machine,
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def is_finished(out: Path, steps: int) -> bool:

@@ -39,7 +39,7 @@ from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, chosen_precision
-from ldm.run_folder import is_finished, open_folder
+from ldm.run_folder import environment, is_finished, open_folder
 from ldm.run_log import RunLog
 from ldm.sampling import Stills, Stream, cores, groups, read
 from ldm.sharding import shard, whole
@@ -170,8 +170,7 @@ class Run(RunLog):
             "history.jsonl",
             step=self.step,
             processes=self.accelerator.num_processes,
-            device=str(self.device),
-            torch=torch.__version__,
+            **environment(self.device),
             changed=self._changed,
         )
         if self.main:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ldm.config import UserError
+from pipelines.credentials import credentials_of, credentials_option
 from pipelines.safety import SafetyChecker, provenance
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def out_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--checker", metavar="NAME", help=help)
     help = "write them nevertheless, with what the checker said inside"
     reader.add_argument("--keep-flagged", action="store_true", help=help)
+    credentials_option(reader)
 
 
 def seeds(text: str) -> int | list[int]:
@@ -124,6 +126,7 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
 
     if options.keep_flagged and not options.checker:
         raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
+    credentials_of(options)
     options.out.mkdir(parents=True, exist_ok=True)
     checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
     return LatentDiffusion.from_pretrained(options.model).to(best_device()), checker
@@ -165,6 +168,8 @@ def spoken() -> Iterator[None]:
 
 
 def generate(options: argparse.Namespace) -> None:
+    if options.columns is not None and options.columns < 1:
+        raise UserError(f"--columns is {options.columns}, but must be at least 1.")
     model, checker = opened(options)
     asked = told(options, model)
     names = ("size", "batch", "tile")
@@ -228,7 +233,8 @@ def run_recreate(options: argparse.Namespace) -> None:
         where = f"up to {apart} of 255 from it (drawn on {record.drawn_on}, now on {here})"
         print(f"{file}: {where if apart else 'the same, bit for bit'}")
         images.append(image)
-    notes = [record.notes() | {"model_sha256": identity, "drawn_on": here} for record, _ in read]
+    now = {"model": Path(options.model).name, "model_sha256": identity, "drawn_on": here}
+    notes = [record.notes() | now for record, _ in read]
     keep(images, options, notes, checker, captions(notes))
 
 
@@ -250,7 +256,7 @@ def keep(
     from pipelines.safety import withheld
     from pipelines.sheets import contact_sheet
 
-    flagged, shown, said = [False] * len(images), list(images), ""
+    written, shown = [True] * len(images), images
     if checker:
         black, verdicts = withheld(images, checker)
         flagged = [verdict.flagged for verdict in verdicts]
@@ -258,13 +264,24 @@ def keep(
             dict(note) | {"checked_by": checker.name, "flagged": bad}
             for note, bad in zip(notes, flagged, strict=True)
         ]
-        said = f"; {checker.name} flagged {sum(flagged)} of them"
-        if any(flagged) and not options.keep_flagged:
-            shown, said = black, said + ", which were not written"
+        then = "written nevertheless" if options.keep_flagged else "not written"
+        print(f"{checker.name} flagged {sum(flagged)} of {len(images)} pictures; these are {then}")
+        if not options.keep_flagged:
+            written, shown = [not bad for bad in flagged], black
+    files = {}
     for i, image in enumerate(images):
-        if not flagged[i] or options.keep_flagged:
-            image.save(options.out / f"{i:04d}.png", pnginfo=provenance(**notes[i]))
+        file = options.out / f"{i:04d}.png"
+        if written[i]:
+            files[file] = image, notes[i]
+        else:  # nor is one of an earlier call left in its place
+            file.unlink(missing_ok=True)
     sheet = options.out / "sheet.png"
     shared = {key: value for key, value in notes[0].items() if all(note.get(key) == value for note in notes)}
-    contact_sheet(shown, captions, columns=columns).save(sheet, pnginfo=provenance(**shared))
-    print(f"{len(images)} pictures in {options.out}, all of them on {sheet}{said}")
+    shared["made_by"] = f"{shared['made_by']}, as a sheet"
+    files[sheet] = contact_sheet(shown, captions, columns=columns), shared
+    signer = credentials_of(options)
+    for file, (image, about) in files.items():
+        image.save(file, pnginfo=provenance(**about))
+        if signer:
+            signer.sign(file)
+    print(f"{sum(written)} pictures in {options.out}, all of them on {sheet}")

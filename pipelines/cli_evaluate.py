@@ -10,7 +10,7 @@ from ldm.config import UserError
 from pipelines.cli_draw import MODEL
 
 if TYPE_CHECKING:
-    from pipelines.evaluate import Evaluation
+    from pipelines.bench import Evaluation
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -62,9 +62,17 @@ def evaluation_options(reader: argparse.ArgumentParser, model: bool = True) -> N
     )
     reader.add_argument("--text", metavar="COLUMN", help="with captions")
     reader.add_argument("--label", metavar="COLUMN", help="with classes")
-    reader.add_argument("--n", type=int, help="pictures made; by default as many as are real, 10,000 at most")
     reader.add_argument(
-        "--size", type=int, help="side in pixels at which an autoencoder is measured (by default its own)"
+        "--n",
+        "--count",  # launchers take --n for an abbreviation of their own options
+        dest="n",
+        type=int,
+        help="pictures made; by default as many as are real, 10,000 at most",
+    )
+    reader.add_argument(
+        "--size",
+        type=int,
+        help="side in pixels at which an autoencoder is measured (default that of its training)",
     )
     reader.add_argument(
         "--extractor",
@@ -98,7 +106,7 @@ def evaluation(options: argparse.Namespace) -> Evaluation:
     """What the options ask for."""
     from autoencoder.perceptual import PerceptualConfig
     from ldm.data import DataConfig
-    from pipelines.evaluate import Evaluation
+    from pipelines.bench import Evaluation
     from pipelines.generation import Drawing
     from pipelines.references import usual_cache
 
@@ -108,10 +116,11 @@ def evaluation(options: argparse.Namespace) -> Evaluation:
     if options.n is not None and options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
     return Evaluation(
-        data=DataConfig(path=options.data, size=options.size or 64, text=options.text, label=options.label),
+        data=DataConfig(path=options.data, text=options.text, label=options.label),
         split=options.split,
         training_split=None if options.training_split == "none" else options.training_split,
         n=options.n,
+        size=options.size,
         extractors=() if asked == ("none",) else asked,
         clip=options.clip,
         lpips=PerceptualConfig(network=options.lpips, weights=options.lpips_weights),
@@ -131,6 +140,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_sweep(options: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from pipelines.sweeps import plot, sweep
 
     kind = {"guidance": float, "steps": int, "sampler": str}[options.setting]
@@ -142,8 +153,9 @@ def run_sweep(options: argparse.Namespace) -> None:
         ) from None
     folder = options.out.with_suffix("")
     files = sweep(options.model, evaluation(options), options.setting, values, folder)
-    plot(files, options.setting).savefig(options.out, dpi=110)
-    print(options.out)
+    if PartialState().is_main_process:
+        plot(files, options.setting).savefig(options.out, dpi=110)
+        print(options.out)
 
 
 def run_compare(options: argparse.Namespace) -> None:

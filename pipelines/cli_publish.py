@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from pipelines.credentials import credentials_of, credentials_option
+
 
 def add_publish(verbs: Any) -> None:
     """`ldm publish`, for the command line."""
@@ -28,13 +30,7 @@ def add_publish(verbs: Any) -> None:
         "--checker", metavar="DIR", help="a stock safety checker for the samples: folder or hub name"
     )
     verb.add_argument("--looked-at", action="store_true", help="you have looked at the samples yourself")
-    verb.add_argument(
-        "--credentials",
-        nargs=2,
-        type=Path,
-        metavar=("CHAIN.pem", "KEY.pem"),
-        help="sign the samples (C2PA) with this certificate and key",
-    )
+    credentials_option(verb)
     verb.add_argument("--no-half", dest="half", action="store_false", help="without float16 weights")
     verb.add_argument(
         "--shard", default=argparse.SUPPRESS, metavar="SIZE", help="largest weight file (default 5GB)"
@@ -51,12 +47,8 @@ def add_publish(verbs: Any) -> None:
 
 
 def run_publish(options: argparse.Namespace) -> None:
-    from pipelines.credentials import Credentials
     from pipelines.publish import Publication, publish
 
     said = {key: value for key, value in vars(options).items() if key not in ("run", "verb")}
-    said["prompts"] = tuple(options.prompts)
-    if options.credentials:
-        chain, key = options.credentials
-        said["credentials"] = Credentials(chain=chain, key=key)
+    said |= {"prompts": tuple(options.prompts), "credentials": credentials_of(options)}
     publish(Publication(**said))

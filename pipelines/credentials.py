@@ -6,6 +6,7 @@ Unlike the notes of `pipelines.safety.provenance` it can't be changed without no
 
 from __future__ import annotations
 
+import argparse
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,26 @@ class Credentials:
                 "signing (C2PA profile) and those that vouch for it, and one with its private key."
             ) from None
         return out.getvalue()
+
+
+def credentials_option(reader: argparse.ArgumentParser) -> None:
+    reader.add_argument(
+        "--credentials",
+        nargs=2,
+        type=Path,
+        metavar=("CHAIN.pem", "KEY.pem"),
+        help="sign the pictures (C2PA) with this certificate and key",
+    )
+
+
+def credentials_of(options: argparse.Namespace) -> Credentials | None:
+    """Who signs, if the command line names somebody; UserError if that can't be."""
+    if options.credentials is None:
+        return None
+    chain, key = options.credentials
+    signer = Credentials(chain=chain, key=key)
+    signer.require()
+    return signer
 
 
 def algorithm(key: bytes) -> str:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm.checks import require_int
+from ldm.guidance import Guidance
 from ldm.paths import Grid, Spacing
 from ldm.pictures import to_images
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
@@ -38,7 +39,7 @@ def begin(
     pixels: Tensor,
     prompts: Prompts,
     classes: Prompts,
-    guidance: float,
+    guidance: float | Guidance,
     negative: str,
     n: int,
     seed: int | Sequence[int],
@@ -65,7 +66,7 @@ def image_to_image(
     steps: int = 30,
     sampler: str | None = None,
     spacing: Spacing | None = None,
-    guidance: float = 4.0,
+    guidance: float | Guidance = 4.0,
     negative: str = "",
     n: int = 1,
     seed: int | Sequence[int] = 0,
@@ -99,7 +100,7 @@ def inpaint(
     steps: int = 30,
     sampler: str | None = None,
     spacing: Spacing | None = None,
-    guidance: float = 4.0,
+    guidance: float | Guidance = 4.0,
     negative: str = "",
     n: int = 1,
     seed: int | Sequence[int] = 0,
@@ -107,7 +108,8 @@ def inpaint(
     """Draw anew where the mask is white; where it is black, the picture's own pixels come back exactly.
 
     After each step the known latents are put back, noised to its level (Lugmayr et al. 2022, eq. 8; what stock
-    inpainting does with a U-Net of 4 channels). What the picture shows in the hole has no part in it.
+    inpainting does with a U-Net of 4 channels). What the picture shows in the hole has no part in it, and the colours
+    of what was drawn are shifted so that it meets the known pixels.
 
     Args:
         mask: of the picture's size; white is the hole, grey mixes.
@@ -145,8 +147,17 @@ def inpaint(
     else:
         require_one_step(sampler or model.sampler, resample)
         x = resampled(sample, start, x, grid, keep, resample)
-    made = model.decode(x).clamp(-1, 1)
-    return to_images(made * edge + pixels * (1 - edge))
+    return to_images(joined(model.decode(x).clamp(-1, 1), pixels, edge))
+
+
+def joined(made: Tensor, pixels: Tensor, edge: Tensor) -> Tensor:
+    """What was drawn [B,3,H,W], inside the picture [1,3,H,W]: where edge [1,1,H,W] is 0, exactly the picture.
+
+    By how much the two differ outside of the hole is taken from what was drawn, going over smoothly into the hole, so
+    that no seam shows (Farbman et al. 2009 do so with coordinates instead of `filled`).
+    """
+    made = made + filled(pixels - made, (edge == 0).to(pixels))
+    return made * edge + pixels * (1 - edge)
 
 
 ONE_STEP = ("ddpm", "ddim", "euler", "euler_ancestral", "heun")

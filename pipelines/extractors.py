@@ -40,6 +40,10 @@ class Seen(NamedTuple):
     features: Tensor  # [B,D] float32
     logits: Tensor | None  # [B,K] of a classifier
 
+    def rows(self, numbers: Any) -> Seen:
+        """Of some of the pictures."""
+        return Seen(self.features[numbers], None if self.logits is None else self.logits[numbers])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Extractor:

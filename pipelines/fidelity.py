@@ -8,14 +8,16 @@ et al. 2016, 10 splits), precision and recall (Kynkäänniemi et al. 2019, 3 nei
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+from tqdm import tqdm
 
 from ldm.config import UserError
 from pipelines.extractors import Seen, package
+from pipelines.latent_diffusion import best_device
 
 LEAST = 8
 """Pictures in a set, so that its halves have the four that precision and recall need"""
@@ -53,32 +55,38 @@ class Figure:
         return {"value": self.value, "error": self.error, "interval": self.interval and list(self.interval)}
 
 
-def of_sets(made: Seen, real: Seen, seed: int = 0) -> dict[str, Figure]:
+def of_sets(made: Seen, real: Seen, *, paired: bool = False, seed: int = 0) -> dict[str, Figure]:
     """Made pictures against real ones: frechet, kid, precision, recall and, of a classifier, inception_score.
 
     How far a figure scatters is seen on random halves of both sets, drawn without replacement: of n/2 among n, the
     spread is that of n among infinitely many (the delete-d jackknife, Shao and Wu 1989). Drawing with replacement
     would put copies of a picture into a set, which neither kernel distance nor precision and recall survive. Halves
-    give other means than the whole, so that the interval is their scatter around the value of the whole.
+    give other means than the whole, so that the interval is their scatter around the value of the whole. Of pictures
+    that are `paired`, made from the real one in the same place, both are in a half or neither.
     """
-    fewest = min(len(made.features), len(real.features))
-    if fewest < LEAST:
-        raise UserError(f"There are {fewest} pictures in one of the sets, but at least {LEAST} are needed.")
+    require_enough(len(made.features), len(real.features))
     whole = measured(made, real, SUBSETS, frechet=True)
     scatter: dict[str, list[float]] = {}
     rng = np.random.default_rng(seed)
     again = made.features.shape[1] <= LARGEST
-    for _ in range(HALVES):
-        parts = [half(seen, rng) for seen in (made, real)]
+    for _ in tqdm(range(HALVES), desc="scatter of the figures", unit="half", leave=False):
+        rows = [rng.permutation(len(seen.features))[: len(seen.features) // 2] for seen in (made, real)]
+        parts = [made.rows(rows[0]), real.rows(rows[0] if paired else rows[1])]
         for name, value in measured(parts[0], parts[1], 10, frechet=again).items():
             scatter.setdefault(name, []).append(value)
-    return {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
+    figures = {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
+    for name in ("precision", "recall"):  # which are shares
+        low, high = figures[name].interval or (0.0, 1.0)
+        figures[name] = replace(figures[name], interval=(max(0.0, low), min(1.0, high)))
+    return figures
 
 
-def half(seen: Seen, rng: np.random.Generator) -> Seen:
-    """What was seen of a random half of the pictures."""
-    rows = rng.permutation(len(seen.features))[: len(seen.features) // 2]
-    return Seen(seen.features[rows], None if seen.logits is None else seen.logits[rows])
+def require_enough(made: int, real: int) -> None:
+    """UserError if one of two sets is too small to be compared."""
+    if min(made, real) < LEAST:
+        raise UserError(
+            f"{made} pictures can't be compared with {real} real ones: at least {LEAST} of each are needed."
+        )
 
 
 def scattered(value: float, again: Sequence[float]) -> Figure:
@@ -107,7 +115,10 @@ def measured(made: Seen, real: Seen, subsets: int, *, frechet: bool) -> dict[str
     size = min(SUBSET, len(one), len(other))
     kernel = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, verbose=False)
     found["kid"] = kernel["kernel_inception_distance_mean"]
-    near = prc_features_to_metric(one, other, verbose=False)
+    device = best_device()
+    near = prc_features_to_metric(
+        made.features.to(device), real.features.to(device), save_cpu_ram=True, verbose=False
+    )
     found |= {"precision": near["precision"], "recall": near["recall"]}
     if made.logits is not None:
         score = isc_features_to_metric(made.logits, splits=min(SPLITS, len(one)))

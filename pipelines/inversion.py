@@ -15,6 +15,7 @@ from torch import Tensor
 from autoencoder.metrics import psnr
 from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, text_of
+from ldm.guidance import Guidance
 from ldm.paths import Grid
 from ldm.pictures import to_images
 from ldm.samplers import Denoise
@@ -29,7 +30,7 @@ def invert(
     prompt: str | None = None,
     *,
     steps: int = 30,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
     iterations: int = 5,
 ) -> Tensor:
     """The noise [1,C,h,w] from which DDIM with the same prompt, steps and guidance draws this picture.
@@ -64,7 +65,7 @@ def from_noise(
     prompts: str | Sequence[str] | None = None,
     *,
     steps: int = 30,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
 ) -> list[Image.Image]:
     """Draw with DDIM from noise [B,C,h,w], such as `invert` gives; the prompts are as many, or one for all."""
     if isinstance(prompts, str):
@@ -74,7 +75,7 @@ def from_noise(
 
 @torch.no_grad()
 def drawn_from(
-    model: LatentDiffusion, x: Tensor, read: dict[str, Tensor], steps: int, guidance: float
+    model: LatentDiffusion, x: Tensor, read: dict[str, Tensor], steps: int, guidance: float | Guidance
 ) -> list[Image.Image]:
     """`from_noise`, for what the conditioner reads."""
     sample, grid, _ = model.sampler_for("ddim", steps, x.shape[1:])
@@ -99,7 +100,7 @@ def drawn_again(
     prompt: str | None = None,
     *,
     steps: int = 30,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
 ) -> Again:
     """How well `noise`, which `invert` gave with the same settings, stands for the picture."""
     pixels = to_pixels(model, picture)
@@ -118,7 +119,7 @@ def vary(
     n: int = 1,
     seed: int | Sequence[int] = 0,
     steps: int = 30,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
 ) -> list[Image.Image]:
     """n pictures like this one: its noise, turned towards other noise by a share `amount` of the way.
 
@@ -144,7 +145,7 @@ def interpolate(
     to: str | None = None,
     count: int = 8,
     steps: int = 30,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
 ) -> list[Image.Image]:
     """`count` pictures on the way between two pictures, or between what two seeds draw: slerp between their noises.
 

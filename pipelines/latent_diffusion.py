@@ -23,7 +23,7 @@ from autoencoder.kl import AutoencoderKL
 from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, text_of
 from ldm.denoiser import Denoiser
-from ldm.guidance import guided
+from ldm.guidance import Guidance, guided
 from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
@@ -73,7 +73,7 @@ class LatentDiffusion:
         steps: int = 30,
         sampler: str | None = None,
         spacing: Spacing | None = None,
-        guidance: float = 4.0,
+        guidance: float | Guidance = 4.0,
         negative: str = "",
         n: int = 1,
         seed: int | Sequence[int] = 0,
@@ -91,7 +91,7 @@ class LatentDiffusion:
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
             spacing: of the steps, one of the path's; by default the model's, or that usual for another sampler.
-            guidance: scale of classifier-free guidance; 1 is none, and costs half as much.
+            guidance: scale of classifier-free guidance; 1 is none, and costs half as much. Or a `Guidance`.
             negative: caption to be guided away from; only for models of captions.
             seed: picture i is drawn from seed + i, whatever is drawn beside it; or a list, a seed for each picture.
             size: (width, height) in pixels; by default that of training.
@@ -141,7 +141,7 @@ class LatentDiffusion:
         read: dict[str, Tensor],
         n: int,
         shape: Sequence[int],
-        guidance: float,
+        guidance: float | Guidance,
         negative: str = "",
         image: Tensor | None = None,
     ) -> Denoise:
@@ -222,6 +222,7 @@ class LatentDiffusion:
         height, width = (side, side) if isinstance(side, int) else side or (None, None)
         if size is not None:
             for name, value in zip(("width", "height"), size, strict=True):
+                require_int(name, value, 1, 65_536)
                 if value < factor or value % factor:
                     near = max(factor, round(value / factor) * factor)
                     raise ValueError(

@@ -39,16 +39,15 @@ nav a { padding: .15rem .8rem; border: 1px solid var(--line); border-radius: 1re
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .facts div { padding: .6rem .8rem; border-radius: .6rem; background: var(--card); }
 .facts dt { font-size: .8rem; color: var(--soft); }
-.facts dd { margin: 0; font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.facts dd { margin: 0; font-size: 1.15rem; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; margin: .6rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: break-word; margin: .6rem 0; }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { overflow-wrap: anywhere; vertical-align: bottom; font-size: .85rem; color: var(--soft); }
-td { overflow-wrap: anywhere; } td:first-child { min-width: 8rem; }
+th { vertical-align: bottom; font-size: .85rem; color: var(--soft); } td:first-child { min-width: 8rem; }
 th:first-child, td:first-child { padding-left: 0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; border-radius: .3rem; }
 figcaption { font-size: .85rem; color: var(--soft); margin-top: .3rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 .plots figure { margin: 0; } .plots img, .plot img { background: #fff; padding: .4rem; border: 1px solid var(--line); }
 .plots img { width: 100%; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: .6rem; }
@@ -73,7 +72,8 @@ summary { cursor: pointer; } pre { overflow-x: auto; font-size: .8rem; line-heig
 {% for name, value in content %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}</dl>
 {% elif kind == "table" %}<div class="wide"><table>
-<tr>{% for name in about %}<th>{{ name }}</th>{% endfor %}</tr>
+{% if about %}<tr>{% for name in about %}<th>{{ name }}</th>{% endfor %}</tr>{% endif %}
+
 {% for row in content %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 {% elif kind == "details" %}<details><summary>{{ about }}</summary><pre>{{ content }}</pre></details>
@@ -120,7 +120,7 @@ class Page:
         self._add("facts", [*facts.items()])
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Cells are shown as str() gives them: format numbers before."""
+        """Cells are shown as str() gives them: format numbers before. The header may be empty."""
         self._add("table", [*rows], [*header])
 
     def details(self, summary: str, text: str) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,6 +22,8 @@ from pipelines.inputs import MEGAPIXELS
 from pipelines.latent_diffusion import LatentDiffusion
 
 VERB = "ldm generate"
+LARGEST_BATCH = 4096
+"""Pictures drawn together: a file that says more is not believed"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +97,20 @@ def read_record(file: Path) -> tuple[Record, Image.Image]:
         notes = {key: str(value) for key, value in getattr(image, "text", {}).items()}
     if (made_by := notes.get("made_by", VERB)) != VERB:
         raise UserError(
-            f"{file} was made by {made_by} from another picture; run that again, as the file says."
+            f"{file} was made by {made_by}; only what {VERB} made is drawn again from its file alone."
         )
     numbers = {"seed": int, "steps": int, "guidance": float, "tile": int, "batch": int, "place": int}
     try:
-        told = {f.name: notes[f.name] for f in fields(Record) if f.name in notes}
-        record = Record(**told | {key: kind(told[key]) for key, kind in numbers.items() if key in told})  # type: ignore[arg-type]
-        if not 0 <= record.place < record.batch <= 4096:
-            raise ValueError(f"it is number {record.place} of {record.batch}")
-    except (TypeError, ValueError) as problem:
-        raise UserError(f"{file} does not say from what it was drawn; {problem}.") from None
+        told: dict[str, Any] = {
+            f.name: notes[f.name] for f in fields(Record) if f.name in notes or f.default is MISSING
+        }
+        record = Record(**told | {key: kind(told[key]) for key, kind in numbers.items() if key in told})
+    except KeyError as problem:
+        raise UserError(f"{file} does not say from what it was drawn: it has no note {problem}.") from None
+    except ValueError as problem:
+        raise UserError(f"{file} says nonsense about how it was drawn: {problem}.") from None
+    if not 0 <= record.place < record.batch <= LARGEST_BATCH:
+        raise UserError(f"{file} says that it was number {record.place} of {record.batch} pictures.")
     return record, picture
 
 

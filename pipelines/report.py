@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,58 +19,15 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ldm.config import UserError, flat
+from ldm.config import flat
 from pipelines import run_plots
 from pipelines.page import Page
+from pipelines.run_record import JUDGED, LOSSES, Record, batch, newest, read_record, sheets, stage_one_of
 from pipelines.sheets import tiles
 
-SHOWN_STEPS = 6
-"""Looks at the same prompts, from the first to the last, that are shown side by side"""
+SHOWN_PROMPTS = 16
 SHOWN_PICTURES = 8
-"""Reconstructed pictures, likewise"""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What lies in a run's folder."""
-
-    folder: Path
-    recipe: dict[str, Any]
-    """config.yaml"""
-    lines: run_plots.Lines
-    """metrics.jsonl; empty if nothing has been logged yet"""
-    starts: list[dict[str, Any]]
-    """history.jsonl: one entry each time that the run was started"""
-    result: dict[str, Any]
-    """result.json; empty if the run has not ended"""
-
-    @property
-    def latent(self) -> bool:
-        """Whether it is a run of stage 2."""
-        return "autoencoder" in self.recipe
-
-    @property
-    def step(self) -> int:
-        """The last that is known of."""
-        return max([line["step"] for line in self.lines] + [self.result.get("step", 0)])
-
-
-def read_record(folder: Path) -> Record:
-    """UserError if the folder is not that of a run."""
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} holds no config.yaml; give the folder of a training run.")
-    recipe = yaml.safe_load((folder / "config.yaml").read_text())
-    there = (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size
-    history = folder / "history.jsonl"
-    written = history.read_text().splitlines() if history.is_file() else []
-    result = folder / "result.json"
-    return Record(
-        folder,
-        recipe,
-        run_plots.logged(folder) if there else [],
-        [json.loads(line) for line in written],
-        json.loads(result.read_text()) if result.is_file() else {},
-    )
+"""That are reconstructed"""
 
 
 def report(run: Path, out: Path | None = None) -> Path:
@@ -88,7 +45,10 @@ def report(run: Path, out: Path | None = None) -> Path:
         samples(page, record)
     curves(page, record)
     reconstructions(page, record, first)
+    page.heading("Metrics")
     metrics(page, record)
+    if first and first is not record:
+        metrics(page, first)
     timings(page, record)
     recipe(page, record)
     environment(page, record)
@@ -97,28 +57,19 @@ def report(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def stage_one_of(record: Record) -> Record | None:
-    """The run of the autoencoder, where the recipe says or beside this run; None if it is neither."""
-    name = Path(str(record.recipe["autoencoder"]))
-    for folder in (name, record.folder.resolve().parent / name.name):
-        if (folder / "config.yaml").is_file():
-            return read_record(folder)
-    return None
-
-
 def opening(page: Page, record: Record) -> None:
     """Whether it has ended, and the figures that everybody asks for first."""
     steps = record.recipe["run"]["steps"]
     if record.result:
         page.verdict(f"Finished after {record.step:,} steps.", "good")
     else:
-        page.verdict(f"Not finished: {record.step:,} of {steps:,} steps are known of.", "doubtful")
+        page.verdict(f"Under way, or stopped: {record.step:,} of {steps:,} steps so far.", "doubtful")
     facts = {"steps": f"{record.step:,} of {steps:,}", "samples seen": f"{record.step * batch(record):,}"}
     if "seconds" in record.result:
         facts["time"] = duration(record.result["seconds"])
     _, speeds = run_plots.speeds(record.lines, batch(record))
     if speeds:
-        facts["pictures a second"] = number(sorted(speeds)[len(speeds) // 2])
+        facts["pictures a second"] = f"{median(speeds):.3g}"
     facts |= {name.replace("_", " "): number(value) for name, value in newest(record).items()}
     page.facts(facts)
     for name, what in (
@@ -128,29 +79,6 @@ def opening(page: Page, record: Record) -> None:
         if (record.folder / name).is_file():
             count = len((record.folder / name).read_text().splitlines())
             page.verdict(f"{count:,} {what}; they are named in {name}.", "doubtful")
-
-
-def newest(record: Record) -> dict[str, float]:
-    """The last value of what a run is judged by."""
-    found: dict[str, float] = {}
-    for name in run_plots.names(record.lines):
-        if name == "loss" or name.endswith(
-            ("_loss_ema", "_satisfied", "_distance", "psnr_db", "ssim", "lpips")
-        ):
-            found[name] = run_plots.points(record.lines, name)[1][-1]
-    return found
-
-
-def batch(record: Record) -> int:
-    return int(record.recipe["run"]["batch_size"])
-
-
-def sheets(folder: Path, name: str, most: int = SHOWN_STEPS) -> list[tuple[int, Image.Image]]:
-    """Pictures that a run saved as samples/NAME-STEP.png with their steps; `most` of them, evenly spread."""
-    files = sorted((folder / "samples").glob(f"{name}-*.png"))
-    if len(files) > most:
-        files = [files[i * (len(files) - 1) // (most - 1)] for i in range(most)]
-    return [(int(file.stem.rpartition("-")[2]), Image.open(file)) for file in files]
 
 
 def samples(page: Page, record: Record) -> None:
@@ -169,10 +97,15 @@ def samples(page: Page, record: Record) -> None:
     if not all(parts for _, parts in cut):  # saved by an older version
         whole(page, looks)
         return
-    for i, (prompt, _) in enumerate(cut[-1][1]):
+    step, newest_look = cut[-1]
+    page.subheading(f"At step {step:,}")
+    page.tiles([image for _, image in newest_look], [prompt for prompt, _ in newest_look])
+    for i, (prompt, _) in enumerate(newest_look[:SHOWN_PROMPTS]):
         page.subheading(prompt or f"picture {i + 1}")
         there = [(step, parts[i][1]) for step, parts in cut if i < len(parts)]
         page.tiles([image for _, image in there], [f"step {step:,}" for step, _ in there])
+    if len(newest_look) > SHOWN_PROMPTS:
+        page.text(f"How {len(newest_look) - SHOWN_PROMPTS} more came about is on the sheets in samples/.")
 
 
 def whole(page: Page, looks: Sequence[tuple[int, Image.Image]]) -> None:
@@ -188,23 +121,26 @@ def curves(page: Page, record: Record) -> None:
     page.plots(list(panels(record)))
     if run_plots.by_level(record.lines):
         page.text(
-            "Held-out losses are of the same pictures with the same noise at every look. ln SNR is the logarithm of "
-            "signal over noise power: high is nearly clean, low is nearly noise."
+            "Losses by noise level are of the same pictures with the same noise at every look. ln SNR is the logarithm "
+            "of signal over noise power: high is nearly clean, low is nearly noise."
         )
     elif record.latent:
         page.text("No loss by noise level was measured (validation.every).")
 
 
 def panels(record: Record) -> Iterator[Figure]:
-    """Loss first, then by noise level, speed, and all the rest that was logged."""
+    """Loss first, also by noise level; then what a run is judged by, speed, and all the rest that was logged."""
     lines, noted = record.lines, run_plots.names(record.lines)
-    together = [name for name in noted if name == "loss" or name.endswith(("_loss_ema", "_loss_raw"))]
+    together = [name for name in noted if name == "loss" or name.endswith(LOSSES)]
+    judged = [name for name in noted if name.endswith(JUDGED)]
     yield run_plots.panel(lines, together, "loss")
     if found := run_plots.by_level(lines):
         for draw in (run_plots.draw_levels, run_plots.draw_last):
             figure = run_plots.small()
             draw(figure.subplots(), found)
             yield figure
+    for name in judged:
+        yield run_plots.panel(lines, [name], name.replace("_", " "))
     steps, speeds = run_plots.speeds(lines, batch(record))
     if speeds:
         figure = run_plots.small()
@@ -214,7 +150,7 @@ def panels(record: Record) -> Iterator[Figure]:
         run_plots.tidy(axes, "pictures a second (saving and validation included)")
         yield figure
     for name in noted:
-        if name not in together:
+        if name not in together + judged:
             yield run_plots.panel(lines, [name], name.replace("_", " "))
 
 
@@ -222,39 +158,31 @@ def reconstructions(page: Page, record: Record, first: Record | None) -> None:
     """What the autoencoder makes of pictures: over the course of its training, if the looks say what is where."""
     page.heading("Reconstructions")
     if first is None:
+        where = record.recipe["autoencoder"]
         page.text(
-            f"The run of the autoencoder is not at {record.recipe['autoencoder']}, nor beside this one."
+            f"The autoencoder's run is neither at {where} nor beside this one, so that they can't be shown."
         )
         return
-    looks = sheets(first.folder, "reconstructions")
-    figures = {
-        name: number(value) for name, value in first.result.items() if name.endswith(("_db", "ssim", "lpips"))
-    }
-    said = ", ".join(
-        f"{name.removesuffix('_db').replace('_', ' ')} {value}" for name, value in figures.items()
-    )
-    split = first.result.get("psnr_split")
-    page.text(
-        f"Of the autoencoder in {first.folder.name}"
-        + f": {said}" * bool(said)
-        + f" on split {split}" * bool(split)
-        + "."
-    )
-    cut = [(step, by_caption(sheet)) for step, sheet in looks]
-    if cut and all(rows.get("original") and rows.get("EMA") for _, rows in cut):
-        for i in range(min(SHOWN_PICTURES, len(cut[0][1]["original"]))):
-            page.tiles(
-                [cut[0][1]["original"][i], *(rows["EMA"][i] for _, rows in cut)],
-                ["original", *(f"step {step:,}" for step, _ in cut)],
-            )
-    elif (first.folder / "reconstructions.png").is_file():
-        page.picture(
-            Image.open(first.folder / "reconstructions.png"), "originals, and what is made of them below"
-        )
-    elif looks:
-        whole(page, looks[-1:])
+    page.text(f"By the autoencoder of {first.folder.resolve().name}{said_of(first)}. Averaged weights.")
+    looks = [(step, by_caption(sheet)) for step, sheet in sheets(first.folder, "reconstructions")]
+    final = first.folder / "reconstructions.png"
+    if looks and all({"original", "EMA"} <= rows.keys() for _, rows in looks):
+        originals = looks[-1][1]["original"][:SHOWN_PICTURES]
+        for i, original in enumerate(originals):
+            made = {f"step {step:,}": rows["EMA"][i] for step, rows in looks}
+            page.tiles([original, *made.values()], ["original", *made])
+    elif final.is_file():
+        page.picture(Image.open(final), "originals, and below each what is made of it")
     else:
         page.text("No reconstructions have been saved.")
+
+
+def said_of(record: Record) -> str:
+    """What a run of stage 1 has measured at its end, as a part of a sentence."""
+    figures = {"psnr_db": "PSNR {} dB", "ssim": "SSIM {}", "lpips": "LPIPS {}"}
+    told = [of.format(number(record.result[name])) for name, of in figures.items() if name in record.result]
+    split = record.result.get("psnr_split")
+    return f": {', '.join(told)}" * bool(told) + f" on split {split}" * bool(split)
 
 
 def by_caption(sheet: Image.Image) -> dict[str, list[Image.Image]]:
@@ -267,35 +195,38 @@ def by_caption(sheet: Image.Image) -> dict[str, list[Image.Image]]:
 
 def metrics(page: Page, record: Record) -> None:
     """What `ldm evaluate` has left in RUN/evaluations, each figure with how it was measured."""
-    page.heading("Metrics")
+    name = record.folder.resolve().name
     files = sorted((record.folder / "evaluations").glob("*.json"))
     if not files:
-        page.text("Nothing has been measured yet; see ldm evaluate.")
+        page.text(f"Nothing has been measured of {name}; ldm evaluate does.")
     for file in files:
-        page.subheading(file.stem)
+        page.subheading(f"{name}: {file.stem}")
         try:
-            found = json.loads(file.read_text())
-            rows = [
-                [name, number(figure["value"]), spread(figure), interval(figure)]
-                for name, figure in found["figures"].items()
-            ]
-            pictures = [
-                (Image.open(file.parent / name), what) for what, name in found.get("pictures", {}).items()
-            ]
-            protocol = flat(found["protocol"])
+            evaluation(page, json.loads(file.read_text()), file.parent)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
             page.verdict(f"{file.name} can't be read: {problem!r}", "bad")
-            continue
-        page.table(["figure", "value", "standard error", "95 % interval"], rows)
-        for image, what in pictures:
-            page.picture(image, what.replace("_", " "))
-        page.details(
-            "how this was measured", "\n".join(f"{name}: {value}" for name, value in protocol.items())
-        )
+
+
+def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
+    """Figures, the pictures that lie beside them, and the protocol."""
+    rows = [
+        [name.replace("_", " "), number(figure["value"]) + spread(figure), interval(figure)]
+        for name, figure in found["figures"].items()
+    ]
+    missing = [f"{name.replace('_', ' ')}: {reason}" for name, reason in found.get("left_out", {}).items()]
+    protocol = "\n".join(f"{name}: {value}" for name, value in flat(found["protocol"]).items())
+    pictures = {name: Image.open(folder / file) for name, file in found.get("pictures", {}).items()}
+    page.table(["figure", "value ± standard error", "95 % interval"], rows)
+    if missing:
+        page.text("Not measured:")
+        page.list(missing)
+    page.details("How this was measured", protocol)
+    for name, picture in pictures.items():
+        page.picture(picture.convert("RGB"), name.replace("_", " "))
 
 
 def spread(figure: Mapping[str, Any]) -> str:
-    return "" if figure.get("error") is None else f"± {number(figure['error'])}"
+    return "" if figure.get("error") is None else f" ± {figure['error']:.2g}"
 
 
 def interval(figure: Mapping[str, Any]) -> str:
@@ -310,10 +241,10 @@ def timings(page: Page, record: Record) -> None:
         rows.append(["from the start to the result, all starts together", duration(record.result["seconds"])])
     _, speeds = run_plots.speeds(record.lines, batch(record))
     if speeds:
-        rows.append(["pictures a second, median", number(sorted(speeds)[len(speeds) // 2])])
-        rows.append(["slowest, fastest interval", f"{number(min(speeds))}, {number(max(speeds))}"])
+        rows.append(["pictures a second, median", f"{median(speeds):.3g}"])
+        rows.append(["slowest, fastest interval", f"{min(speeds):.3g}, {max(speeds):.3g}"])
     rows.append(["starts", f"{len(record.starts):,}" if record.starts else "not recorded"])
-    page.table(["", ""], rows)
+    page.table([], rows)
 
 
 RECIPE = {
@@ -349,31 +280,23 @@ def recipe(page: Page, record: Record) -> None:
 def environment(page: Page, record: Record) -> None:
     page.heading("Environment")
     if record.starts:
-        page.table(
-            ["started", "at step", "on"],
-            [
-                [
-                    f"{datetime.fromtimestamp(start['time']):%Y-%m-%d %H:%M}",
-                    f"{start['step']:,}",
-                    ", ".join(
-                        f"{words(value)} {name}" if name == "processes" else f"{name} {words(value)}"
-                        for name, value in start.items()
-                        if name not in ("time", "step", "changed")
-                    ),
-                ]
-                for start in record.starts
-            ],
-        )
-        changes = [change for start in record.starts for change in start.get("changed", ())]
-        if changes:
-            page.text("Settings that were changed between starts:")
-            page.list(changes)
+        page.table(["started", "at step", "on"], [start_of(start) for start in record.starts])
     else:
         page.text("Where it was trained has not been recorded.")
+    changes = [change for start in record.starts for change in start.get("changed", ())]
+    if changes:
+        page.text("Settings that were changed between starts:")
+        page.list(changes)
     page.text(
         f"This page was made on {datetime.now():%Y-%m-%d} with Python {platform.python_version()} and torch "
         f"{torch.__version__} on {platform.system()} {platform.machine()}."
     )
+
+
+def start_of(start: Mapping[str, Any]) -> list[str]:
+    """A line of history.jsonl as a row: when, at which step, on what."""
+    on = [f"{name} {words(it)}" for name, it in start.items() if name not in ("time", "step", "changed")]
+    return [f"{datetime.fromtimestamp(start['time']):%Y-%m-%d %H:%M}", f"{start['step']:,}", ", ".join(on)]
 
 
 def number(value: float) -> str:

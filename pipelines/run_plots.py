@@ -145,7 +145,8 @@ def draw_levels(axes: Axes, found: Levels) -> None:
             curve(axes, *there, color=colour, linestyle=line, linewidth=1.2, label=label)
     axes.set(xlabel="step", yscale="log")
     axes.legend(title="ln SNR", fontsize=7, title_fontsize=8, frameon=False)
-    tidy(axes, "held-out loss by noise level (dotted: raw weights)")
+    split = next(iter(found)).partition(",")[0]
+    tidy(axes, f"{split} loss by noise level (dotted: raw weights)")
 
 
 def draw_last(axes: Axes, found: Levels) -> None:

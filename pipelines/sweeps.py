@@ -10,8 +10,10 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from ldm.config import UserError
+from pipelines.bench import Evaluation
 from pipelines.compare import read_result
-from pipelines.evaluate import Evaluation, evaluate
+from pipelines.evaluate import evaluate
+from pipelines.protocol import differing
 
 Setting = Literal["guidance", "steps", "sampler"]
 SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
@@ -21,12 +23,14 @@ SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid"
 def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
     """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
 
-    What is there already is taken for done: remove it to have it measured again.
+    What is there already is taken for done, which is said.
     """
     files = []
     for value in values:
         file = folder / f"{setting}-{value}.json"
-        if not file.exists():
+        if file.exists():
+            print(f"{file} is there already; remove it to have it measured again")
+        else:
             evaluate(model, replace(what, drawing=replace(what.drawing, **{setting: value})), file)
         files.append(file)
     return files
@@ -38,8 +42,6 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
     Raises:
         UserError: the results differ in more than that setting, or hold no figure that is shown.
     """
-    from pipelines.protocol import differing
-
     results = [read_result(file) for file in files]
     for result, file in zip(results, files, strict=True):
         if unlike := differing(results[0]["protocol"], result["protocol"], [setting]):

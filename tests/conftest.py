@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import train_ldm
 import train_vae
@@ -21,6 +22,18 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_ldm.main(
         ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
     )
+    return out
+
+
+@pytest.fixture(scope="session")
+def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of two classes, with captions beside them."""
+    out = tmp_path_factory.mktemp("fruit")
+    for name, colour in (("plum", (90, 20, 90)), ("lime", (60, 200, 40))):
+        (out / name).mkdir()
+        for i in range(3):
+            Image.new("RGB", (20 + i, 18), colour).save(out / name / f"{i}.png")
+            (out / name / f"{i}.txt").write_text(f"a {'red' if i else 'green'} {name}")
     return out
 
 

@@ -13,9 +13,8 @@ from ldm.conditioning import ConditioningConfig, make_conditioner
 from ldm.encoders import TextConfig
 from ldm.paths import VP
 from ldm.prediction import make_prediction
-from ldm.unet import UNet
-from ldm.unet_config import UNetConfig
 from pipelines import LatentDiffusion
+from tests.support import tiny_unet
 
 CAPTIONS = ["a red circle", "a blue square", "a red square on a green background", "many words " * 20]
 WIDTH, PROJECTED = 16, 12
@@ -129,19 +128,7 @@ def model_of(conditioner: Any, **network: Any) -> LatentDiffusion:
     if cond.pooled is not None:
         network |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
         network["projection_class_embeddings_input_dim"] = cond.pooled.shape[-1] + 48
-    unet = UNet(
-        UNetConfig(
-            sample_size=8,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            cross_attention_dim=cond.tokens.shape[-1],
-            **network,
-        )
-    ).eval()
+    unet = tiny_unet(sample_size=8, cross_attention_dim=cond.tokens.shape[-1], **network)
     path = VP()
     return LatentDiffusion(
         autoencoder=autoencoder,

@@ -1,13 +1,17 @@
-"""The scripts as tests start them."""
+"""What tests start and look at: the scripts, as people start them, and a tiny network."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ldm.unet import UNet
+from ldm.unet_config import UNetConfig
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
@@ -41,6 +45,21 @@ def ran(*command: str, processes: int = 1, code: int = 0, cwd: Path = ROOT) -> s
     assert process.returncode == code, err[-3000:]
     assert " process(es) on " not in err or f"{processes} process(es) on " in err
     return out + err
+
+
+def tiny_unet(**config: Any) -> UNet:
+    """A U-Net with random weights that reads captions."""
+    return UNet(
+        UNetConfig(
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            **config,
+        )
+    ).eval()
 
 
 def losses(run: Path) -> list[float]:

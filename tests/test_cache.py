@@ -27,9 +27,7 @@ from ldm.denoiser import Denoiser
 from ldm.paths import PathConfig, make_path
 from ldm.prediction import Weight, make_prediction
 from ldm.sampling import Pixels
-from ldm.unet import UNet
-from ldm.unet_config import UNetConfig
-from tests.support import ROOT, TOY
+from tests.support import ROOT, TOY, tiny_unet
 
 SEED, SIZE, COUNT = 3, 16, 41
 
@@ -81,19 +79,11 @@ def test_the_loss_with_the_cache_is_the_loss_without(data: DataConfig, parts, tm
     source, autoencoder, conditioner = parts
     latents = build(tmp_path, data, parts)
     channels, side, _ = latents.shape
-    network = UNet(
-        UNetConfig(
-            in_channels=channels,
-            out_channels=channels,
-            sample_size=side,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            attention_head_dim=2,
-            norm_num_groups=4,
-            cross_attention_dim=conditioner.null(1).tokens.shape[-1],
-        )
+    network = tiny_unet(
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=side,
+        cross_attention_dim=conditioner.null(1).tokens.shape[-1],
     )
     path = make_path(PathConfig())
     denoiser = Denoiser(network, path, make_prediction("epsilon", path), Weight())

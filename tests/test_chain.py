@@ -167,14 +167,12 @@ def test_another_recipe_is_refused(chain: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("kind", ["class", "none"])
-def test_class_folders_train_draw_and_open_in_stock_parts(chain: Path, tmp_path: Path, kind: str) -> None:
+def test_class_folders_train_draw_and_open_in_stock_parts(
+    chain: Path, fruit: Path, tmp_path: Path, kind: str
+) -> None:
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
-    for name, colour in (("plum", (90, 20, 90)), ("lime", (60, 200, 40))):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (20 + i, 18), colour).save(tmp_path / "data" / name / f"{i}.png")
     train_ldm.main(
-        f"--config {TOY}/ldm-plain.yaml --conditioning.kind {kind} --data.path {tmp_path}/data "
+        f"--config {TOY}/ldm-plain.yaml --conditioning.kind {kind} --data.path {fruit} "
         f"--autoencoder {chain}/vae --run.out {tmp_path}/run --data.balance true".split()
     )
     model = LatentDiffusion.from_pretrained(tmp_path / "run")

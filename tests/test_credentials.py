@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm.config import UserError
+from pipelines.cli import main as ldm
 from pipelines.credentials import Credentials, state
 from pipelines.safety import SOURCE_TYPE, provenance
 
@@ -97,3 +98,14 @@ def test_without_the_package_it_says_which(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "c2pa", None)
     with pytest.raises(UserError, match="pip install c2pa-python"):
         Credentials(chain=tmp_path / "chain.pem", key=tmp_path / "key.pem").require()
+
+
+def test_the_command_signs_what_it_draws(chain: Path, tmp_path: Path) -> None:
+    pytest.importorskip("c2pa", reason="content credentials are optional")
+    me = certified(tmp_path / "me", "ec")
+    words = ["generate", str(chain / "ldm"), "a red circle", "--steps", "2", "--out", str(tmp_path / "out")]
+    ldm([*words, "--credentials", str(me.chain), str(me.key)])
+    assert {state(tmp_path / "out" / name) for name in ("0000.png", "sheet.png")} == {"Valid"}
+    with pytest.raises(SystemExit):
+        ldm([*words, "--out", str(tmp_path / "none"), "--credentials", str(me.key), str(me.key)])
+    assert not (tmp_path / "none").exists()

@@ -11,8 +11,11 @@ from PIL import Image
 
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
+from pipelines.editing import image_to_image
+from pipelines.inversion import invert
 from pipelines.prompts import CutPrompt
 from pipelines.record import fingerprint, read_record, recreate
+from pipelines.safety import provenance
 from tests.drawing_memory import measured
 from tests.encoders import CAPTIONS, publish
 from tests.test_text import conditioner, config, model_of
@@ -59,7 +62,7 @@ def test_a_picture_does_not_depend_on_its_batch(model: LatentDiffusion, sampler:
 
 
 def test_drawing_leaves_no_memory_behind(chain: Path) -> None:
-    assert measured(chain / "ldm", 80, 30)["grown_mb"] < 10
+    assert measured(chain / "ldm", 60, 20)["grown_mb"] < 10
 
 
 def test_pictures_are_recreated_bit_for_bit(
@@ -94,10 +97,21 @@ def test_another_model_is_noticed(
     other.save_pretrained(tmp_path / "other")
     picture = tmp_path / "out" / "0000.png"
     Image.open(picture).save(tmp_path / "bare.png")
+    notes = {key: str(value) for key, value in read_record(picture)[0].notes().items()}
+    for name, change in (
+        ("place", {"place": 1}),
+        ("seed", {"seed": "first"}),
+        ("edit", {"made_by": "ldm edit"}),
+    ):
+        Image.open(picture).save(tmp_path / f"{name}.png", pnginfo=provenance(**notes | change))
     again = ["--out", str(tmp_path / "again")]
     for words, said in [
         ([str(tmp_path / "other"), str(picture)], "was drawn by another model, ldm"),
-        ([str(chain / "ldm"), str(tmp_path / "bare.png")], "does not say from what it was drawn"),
+        ([str(chain / "ldm"), str(tmp_path / "bare.png")], "it has no note 'model'"),
+        ([str(chain / "ldm"), str(tmp_path / "place.png")], "number 1 of 1 pictures"),
+        ([str(chain / "ldm"), str(tmp_path / "seed.png")], "says nonsense"),
+        ([str(chain / "ldm"), str(tmp_path / "edit.png")], "was made by ldm edit; only"),
+        ([str(chain / "ldm"), str(tmp_path / "out" / "sheet.png")], "was made by ldm generate, as a sheet"),
         ([str(chain / "ldm"), str(tmp_path / "missing.png")], "can't be opened"),
     ]:
         with pytest.raises(SystemExit):
@@ -164,6 +178,24 @@ def test_what_is_cut_of_a_prompt_is_said(kind: str, tmp_path: Path) -> None:
         told("red", negative="red " * 20, steps=2)
 
 
+def test_classes_beside_captions(tmp_path: Path) -> None:
+    both = conditioner(config({"bert": publish("bert", tmp_path / "bert")}, "bert"), "class+text")
+    told = model_of(both, num_class_embeds=3)
+    plum, lime, none = (told("red", classes=name, steps=2, seed=1)[0] for name in ("plum", "lime", ""))
+    assert not same(plum, lime) and not same(plum, none)
+    edited = image_to_image(told, plum, "red", classes="lime", steps=2)[0]
+    assert edited.size == plum.size
+    for classes, words in [
+        ("plumm", "there is no class 'plumm'; the nearest are plum"),
+        (None, "classes is None"),
+        (["plum", "lime"], "2 classes for 1 prompts"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            told("red", classes=classes, steps=2)
+    with pytest.raises(ValueError, match="not inverted yet"):
+        invert(told, plum, "red")
+
+
 def test_bad_prompts_end_in_a_sentence(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +211,8 @@ def test_bad_prompts_end_in_a_sentence(
         (["bytes \udcff"], 1, "is no text: character 6"),
         ([PROMPT, "--seed", "1,2"], 1, "2 seeds for 1 pictures"),
         ([PROMPT, "--seed", "one"], 2, "'one' is no whole number"),
+        ([PROMPT, "--size", "9999999x16"], 1, "width is 9999999"),
+        ([PROMPT, "--columns", "0"], 1, "--columns is 0"),
         ([PROMPT, "--keep-flagged"], 1, "without --checker"),
         ([PROMPT, "--checker", str(tmp_path)], 1, "no safety checker"),
     ]:

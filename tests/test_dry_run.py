@@ -9,6 +9,8 @@ from torch import nn
 
 import train_ldm
 import train_vae
+from autoencoder.adversarial import Adversary
+from autoencoder.discriminator import Discriminator
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import ResnetBlock
 from ldm.config import UserError
@@ -40,6 +42,26 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     assert f"{weights:,} {'trained' if stage == 'vae' else 'frozen'}" in said
     assert "for the 6 steps from here" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_discriminator_is_tried_although_it_begins_later(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    original = Adversary.discriminator_loss
+
+    def counted(self: Adversary, pixels: torch.Tensor, made: torch.Tensor, step: int) -> object:
+        tried.append(len(pixels))
+        return original(self, pixels, made, step)
+
+    monkeypatch.setattr(Adversary, "discriminator_loss", counted)
+    gan = ["--loss.gan.weight", "0.1", "--loss.gan.start", "5", "--loss.gan.head_start", "1"]
+    gan += ["--loss.gan.layers", "1", "--loss.gan.channels", "8"]
+    train_vae.main(arguments("vae", chain, tmp_path / "run") + gan)
+    said = capsys.readouterr().out
+    weights = sum(p.numel() for p in Discriminator(8, 1).parameters())
+    assert f"{weights:,} trained" in said and "All was tried once and worked" in said
+    assert tried[:3] == [2, 4, 4] and list(tmp_path.iterdir()) == []
 
 
 def test_a_begun_run_is_not_touched_and_its_rest_is_counted(

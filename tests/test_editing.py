@@ -12,7 +12,7 @@ from ldm.data import DataConfig, open_source
 from ldm.pictures import BadPicture
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.editing import image_to_image, inpaint, outpaint, renoised
+from pipelines.editing import image_to_image, inpaint, joined, outpaint, renoised
 from pipelines.inputs import filled, read_picture, softened, to_mask, to_pixels, upright
 from pipelines.latent_diffusion import noise_of
 
@@ -189,6 +189,19 @@ def test_bad_input_is_answered_in_a_sentence(model: LatentDiffusion, picture: Im
     ]:
         with pytest.raises(ValueError, match=words):
             work()
+
+
+def test_what_was_drawn_meets_the_known_pixels() -> None:
+    made = torch.Generator().manual_seed(0)
+    pixels = torch.rand(1, 3, 17, 24, generator=made)
+    edge = torch.zeros(1, 1, 17, 24)
+    edge[:, :, 3:11, 5:20] = 1
+    edge[:, :, 11:13, 5:20] = 0.5
+    tint = torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
+    torch.testing.assert_close(joined(pixels + tint, pixels, edge), pixels)
+    other = torch.rand(2, 3, 17, 24, generator=made)
+    known = (edge == 0).expand_as(other)
+    assert torch.equal(joined(other, pixels, edge)[known], pixels.expand_as(other)[known])
 
 
 def test_transparency_orientation_and_depth_are_honoured() -> None:

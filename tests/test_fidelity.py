@@ -116,6 +116,14 @@ def test_the_error_is_what_repetitions_scatter_by(monkeypatch: pytest.MonkeyPatc
         assert 0.6 < said / scatter < 1.6, (name, said, scatter)
 
 
+def test_what_pairs_have_in_common_does_not_scatter() -> None:
+    real = normal(60, 0, 3)
+    made = Seen(real + 0.01 * normal(60, 1, 3), None)
+    alone, paired = of_sets(made, Seen(real, None)), of_sets(made, Seen(real, None), paired=True)
+    assert paired["frechet"].value == alone["frechet"].value
+    assert paired["frechet"].error < alone["frechet"].error / 10
+
+
 def test_the_mean_over_pictures_has_the_error_of_a_mean() -> None:
     values = normal(400, 0, width=1).flatten()
     found = of_pictures(values)
@@ -126,5 +134,5 @@ def test_the_mean_over_pictures_has_the_error_of_a_mean() -> None:
 
 
 def test_too_few_pictures_are_refused() -> None:
-    with pytest.raises(UserError, match="There are 7 pictures in one of the sets, but at least 8"):
+    with pytest.raises(UserError, match="7 pictures can't be compared with 20 real ones: at least 8"):
         of_sets(Seen(normal(7, 0), None), Seen(normal(20, 1), None))

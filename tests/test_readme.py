@@ -1,5 +1,6 @@
 """What the README and the manual show runs as shown."""
 
+import argparse
 import os
 import re
 import shlex
@@ -54,6 +55,11 @@ def test_commands_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> 
             ["pip", "install", "-e"],
             ["source", ".venv/bin/activate"],
         )
+
+
+def test_the_manual_names_every_verb() -> None:
+    verbs = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert [verb for verb in verbs if f"`ldm {verb}" not in MANUAL] == []
 
 
 def test_links_lead_somewhere() -> None:

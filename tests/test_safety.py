@@ -1,15 +1,19 @@
 """The stock safety checker without stock code, and what it does to a publication."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm.config import UserError
+from pipelines import LatentDiffusion
+from pipelines.cli import main as ldm
 from pipelines.publish import Publication, verdict
-from pipelines.safety import ClipSafetyChecker, provenance
+from pipelines.safety import ClipSafetyChecker, Verdict, provenance, withheld
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 IMAGES = [Image.new("RGB", (56, 40), colour) for colour in COLOURS]
@@ -63,8 +67,6 @@ def test_pictures_are_prepared_as_stock_clip_prepares_them(stock) -> None:
 
 
 def test_a_folder_without_the_embeddings_is_no_checker(stock, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(stock[1] / "model.safetensors")
     del weights["concept_embeds"]
     save_file(weights, tmp_path / "model.safetensors")
@@ -86,6 +88,59 @@ def test_without_a_checker_or_eyes_no_samples_are_shown(stock, tmp_path: Path) -
     clean = [image for image, bad in zip(IMAGES, flagged, strict=True) if not bad]
     said, why_not = verdict(clean, asked(checker=str(stock[1])))
     assert why_not == "" and f"flagged 0 of {len(clean)} samples" in said
+
+
+def test_flagged_pictures_are_withheld(stock) -> None:
+    checker = ClipSafetyChecker.from_pretrained(stock[1])
+    shown, verdicts = withheld(IMAGES, checker)
+    assert any(verdict.flagged for verdict in verdicts)
+    for image, original, said in zip(shown, IMAGES, verdicts, strict=True):
+        assert image.size == original.size
+        assert (image.getextrema() == ((0, 0),) * 3) if said.flagged else image is original
+
+
+def test_a_checker_that_can_not_judge_lets_nothing_through(stock) -> None:
+    checker = ClipSafetyChecker.from_pretrained(stock[1])
+    checker.weights = checker.weights | {"concept_embeds": checker.weights["concept_embeds"] * float("nan")}
+    assert all(verdict.flagged for verdict in checker(IMAGES))
+
+    class Silent:
+        name = "silent"
+
+        def __call__(self, images: Sequence[Image.Image]) -> list[Verdict]:
+            return []
+
+    with pytest.raises(UserError, match="judged 0 of 6 pictures, so all are withheld"):
+        withheld(IMAGES, Silent())
+
+
+def test_generate_withholds_what_is_flagged(
+    stock, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checker = ClipSafetyChecker.from_pretrained(stock[1])
+    drawn = LatentDiffusion.from_pretrained(chain / "ldm")("a circle", n=6, steps=2)
+    nearest = [max(verdict.scores.values()) for verdict in checker(drawn)]
+    (tmp_path / "strict").mkdir()
+    for file in stock[1].iterdir():
+        (tmp_path / "strict" / file.name).write_bytes(file.read_bytes())
+    weights = load_file(stock[1] / "model.safetensors")
+    weights["concept_embeds_weights"] += float(np.median(nearest))  # half of these pictures are too near
+    weights["special_care_embeds_weights"] += 2
+    save_file(weights, tmp_path / "strict" / "model.safetensors")
+    flagged = [v.flagged for v in ClipSafetyChecker.from_pretrained(tmp_path / "strict")(drawn)]
+    assert any(flagged) and not all(flagged)
+    told = ["generate", str(chain / "ldm"), "a circle", "--n", "6", "--steps", "2"]
+    told += ["--checker", str(tmp_path / "strict")]
+    (tmp_path / "out").mkdir()
+    drawn[0].save(tmp_path / "out" / f"{flagged.index(True):04d}.png")
+    ldm([*told, "--out", str(tmp_path / "out")])
+    assert f"strict flagged {sum(flagged)} of 6 pictures; these are not written" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "out").glob("0*.png")}
+    assert written == {f"{i:04d}.png" for i in range(6) if not flagged[i]}
+    ldm([*told, "--keep-flagged", "--out", str(tmp_path / "all")])
+    texts = [Image.open(tmp_path / "all" / f"{i:04d}.png").text for i in range(6)]
+    assert [text["flagged"] for text in texts] == [str(bad) for bad in flagged]
+    assert {text["checked_by"] for text in texts} == {"strict"}
 
 
 def test_pictures_say_that_a_model_made_them(tmp_path: Path) -> None:

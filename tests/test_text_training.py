@@ -19,18 +19,6 @@ from tests.support import TOY, newest_weights
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle")
 
 
-@pytest.fixture(scope="module")
-def fruit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of two classes, with captions beside them."""
-    out = tmp_path_factory.mktemp("fruit")
-    for name, colour in (("plum", (90, 20, 90)), ("lime", (60, 200, 40))):
-        (out / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (20 + i, 18), colour).save(out / name / f"{i}.png")
-            (out / name / f"{i}.txt").write_text(f"a {'red' if i else 'green'} {name}")
-    return out
-
-
 def recipe(chain: Path, fruit: Path, encoders: dict[str, Path], name: str, out: Path, more: str) -> list[str]:
     flags = (
         f"--config {TOY}/ldm-plain.yaml --data.path {fruit} --autoencoder {chain}/vae --run.out {out} {more}"

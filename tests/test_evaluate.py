@@ -1,0 +1,336 @@
+"""`ldm evaluate`, `compare` and `sweep` on real, tiny models: the same figures however they are computed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
+
+from accelerate import PartialState
+
+from autoencoder.metrics import psnr
+from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.pictures import to_tensor
+from ldm.scenes import Scenes
+from pipelines.classifier import Classifier, Recogniser, save_recogniser
+from pipelines.cli import main as ldm
+from pipelines.compare import Row
+from pipelines.extractors import open_extractor
+from pipelines.generation import Share, bytes_of, spread_out
+from pipelines.memorisation import Near, find_copies, nearer, nearest
+from pipelines.references import features_of
+from pipelines.scores import ATTRIBUTES, of_scenes
+from pipelines.subjects import open_subject, reconstructed
+from tests.support import ran
+
+SIDE, COUNT = 16, 20
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes with their captions, in train/circles, train/squares and test/..."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split in ("train", "test"):
+        source = open_source(DataConfig(size=SIDE, scenes=ScenesConfig(count=COUNT)), split)
+        for i in range(COUNT):
+            place = folder / split / ("one", "two")[i % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            source.picture(i, SIDE).save(place / f"{i:02d}.png")
+            (place / f"{i:02d}.txt").write_text(source.texts[i])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, but normalised as if by training, so that features have a spread."""
+    torch.manual_seed(0)
+    folder, network = tmp_path_factory.mktemp("classifier") / "untrained", Classifier(2)
+    with torch.no_grad():
+        for _ in range(30):
+            network(torch.rand(32, 3, SIDE, SIDE) * 2 - 1)
+    save_recogniser(Recogniser(network.eval(), ("one", "two"), SIDE, {}), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def asked(pictures: Path, classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return ["--data", str(pictures), "--extractor", str(classifier), "--cache", cache, "--lpips", "vgg"]
+
+
+DRAWING = ["--count", "17", "--steps", "2", "--guidance", "2"]
+
+
+@pytest.fixture(scope="session")
+def result(chain: Path, asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("result") / "a.json"
+    ldm(["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--out", str(file)])
+    return file
+
+
+def values(file: Path) -> dict[str, float]:
+    return {name: figure["value"] for name, figure in json.loads(file.read_text())["figures"].items()}
+
+
+def test_processes_and_batches_do_not_change_the_figures(
+    chain: Path, asked: list[str], result: Path, tmp_path: Path
+) -> None:
+    words = ["evaluate", str(chain / "ldm"), *asked, *DRAWING]
+    ldm([*words, "--batch", "3", "--out", str(tmp_path / "three.json")])
+    ran("-m", "pipelines.cli", *words, "--out", str(tmp_path / "both.json"), processes=2)
+    one = values(result)
+    assert {
+        "fd",
+        "kid",
+        "precision",
+        "recall",
+        "class_accuracy",
+        "copies_pixels",
+        "nearer_features",
+    } <= one.keys()
+    for name in ("three", "both"):
+        other = values(tmp_path / f"{name}.json")
+        assert other.keys() == one.keys()
+        for key, value in one.items():
+            assert other[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (name, key)
+        drawn = [
+            np.asarray(Image.open(p.with_name(f"{p.stem}-drawn.png"))).astype(int)
+            for p in (result, tmp_path / f"{name}.json")
+        ]
+        assert abs(drawn[0] - drawn[1]).max() <= 1  # of 255
+
+
+def test_the_result_says_how_it_was_measured(result: Path, chain: Path) -> None:
+    content = json.loads(result.read_text())
+    how = content["protocol"]
+    assert (how["n"], how["guidance"], how["steps"], how["sampler"]) == (17, 2.0, 2, "dpmpp_2m")
+    assert how["seeds"] == "0 to 16" and how["weights"] == "averaged" and how["precision"] == "float32"
+    assert how["reference"]["split"] == "test" and how["reference"]["pictures"] == COUNT
+    assert len(how["extractors"]["untrained"]["weights_sha256"]) == 64
+    assert "antialiasing" in how["extractors"]["untrained"]["resize"]
+    assert {"torch", "torch-fidelity"} <= how["versions"].keys()
+    assert content["model"]["step"] == 6
+    for name in ("drawn", "nearest"):
+        assert min(Image.open(result.parent / content["pictures"][name]).size) > 100
+    for figure in content["figures"].values():
+        assert figure.keys() == {"value", "error", "interval"}
+        assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+
+
+def test_raw_weights_are_others_and_the_result_lies_in_the_run(
+    chain: Path, asked: list[str], result: Path
+) -> None:
+    words = ["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--training-split", "none", "--raw"]
+    ldm(words)
+    (file,) = (chain / "ldm" / "evaluations").glob("step-00000006-test-n17-untrained-raw-*.json")
+    mine, theirs = (json.loads(f.read_text()) for f in (file, result))
+    assert mine["protocol"]["weights"] == "raw" and "memorisation" in mine["left_out"]
+    assert mine["model"]["unet_sha256"] != theirs["model"]["unet_sha256"]
+    assert mine["model"]["autoencoder_sha256"] == theirs["model"]["autoencoder_sha256"]
+
+
+def test_compare_refuses_what_was_measured_otherwise(
+    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = json.loads(result.read_text())
+    other["protocol"]["guidance"] = 7.0
+    other["figures"]["kid"]["value"] += 100
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit) as ended:
+        ldm(["compare", str(result), str(tmp_path / "b.json")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and "guidance: 2.0 and 7.0" in said and "steps" not in said
+    ldm(["compare", str(result), str(tmp_path / "b.json"), "--but", "guidance"])
+    table = capsys.readouterr().out.splitlines()
+    (kid,) = [line for line in table if line.startswith("kid ")]
+    (fd,) = [line for line in table if line.startswith("fd ")]
+    assert "the first is better" in kid and "within chance" in fd
+    assert "17 pictures are few" in table[-1]
+
+
+def test_a_difference_is_judged_by_its_error_and_direction() -> None:
+    figure = {"value": 1.0, "error": 0.1, "interval": [0.8, 1.2]}
+    assert "within chance" in Row("fid", figure, figure | {"value": 1.2}).verdict
+    assert "the first is better" in Row("fid", figure, figure | {"value": 1.4}).verdict
+    assert "the second is better" in Row("precision", figure, figure | {"value": 1.4}).verdict
+    assert "not known" in Row("fid", figure, figure | {"error": None}).verdict
+
+
+def test_an_autoencoder_is_measured_picture_by_picture(
+    chain: Path, asked: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no weights for LPIPS
+    monkeypatch.setattr("autoencoder.perceptual.HUB", {})
+    ldm(["evaluate", str(chain / "vae"), *asked, "--size", str(SIDE), "--out", str(tmp_path / "vae.json")])
+    content = json.loads((tmp_path / "vae.json").read_text())
+    figures = {name: figure["value"] for name, figure in content["figures"].items()}
+    assert figures.keys() == {"psnr", "ssim", "rfd", "rkid"}
+    assert "vgg16-397923af.pth" in content["left_out"]["lpips"]
+    source = open_source(DataConfig(path=str(pictures)), "test")
+    x = torch.stack([to_tensor(source.picture(i, SIDE)) for i in range(COUNT)])
+    coder = open_subject(str(chain / "vae"), "averaged", torch.device("cpu")).model
+    assert figures["psnr"] == pytest.approx(psnr(reconstructed(coder, x), x).mean().item(), rel=1e-4)
+
+
+def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(0)
+    save_file(squeezenet1_1().state_dict(), tmp_path / "squeeze.safetensors")
+    words = [*asked, "--size", "32", "--n", "8", "--lpips", "squeeze", "--out", str(tmp_path / "vae.json")]
+    ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "squeeze.safetensors")])
+    content = json.loads((tmp_path / "vae.json").read_text())
+    assert content["figures"]["lpips"]["value"] > 0 and content["protocol"]["lpips"] == "squeeze"
+    assert not content["left_out"]
+    with pytest.raises(SystemExit):
+        ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "none.safetensors")])
+
+
+def test_sweep_plots_the_figures_against_the_setting(chain: Path, asked: list[str], tmp_path: Path) -> None:
+    words = [
+        "sweep",
+        "steps",
+        "1",
+        "2",
+        "--model",
+        str(chain / "ldm"),
+        *asked,
+        "--n",
+        "8",
+        "--training-split",
+        "none",
+    ]
+    ldm([*words, "--out", str(tmp_path / "steps.png")])
+    assert min(Image.open(tmp_path / "steps.png").size) > 100
+    found = [json.loads((tmp_path / "steps" / f"steps-{n}.json").read_text())["protocol"] for n in (1, 2)]
+    assert [how.pop("steps") for how in found] == [1, 2] and found[0] == found[1]
+
+
+def test_true_scenes_satisfy_their_captions_and_shuffled_ones_do_not() -> None:
+    scenes = Scenes(64, size=64, split="test")
+    captions = [scenes.scene(i).caption() for i in range(64)]
+    pixels = bytes_of([scenes[i]["image"] for i in range(64)])
+    true = of_scenes(pixels, captions)
+    assert true[:, 0].mean() >= 0.98
+    assert true[:, ATTRIBUTES.index("relation")].isnan().all()  # of two things, and here is one
+    assert of_scenes(pixels, captions[1:] + captions[:1])[:, 0].mean() < 0.1
+
+
+def test_scenes_are_checked_by_evaluate(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ScenesConfig, "__init__", lambda self, **_: self.__dict__.update(count=12, level=1))
+    words = ["--data", "scenes", "--split", "test", "--n", "4", "--steps", "1", "--extractor", "none"]
+    ldm(["evaluate", str(chain / "ldm"), *words, "--out", str(tmp_path / "scenes.json")])
+    found = values(tmp_path / "scenes.json")
+    assert (
+        0 <= found["prompts_satisfied"] <= 1
+        and "satisfied_colour" in found
+        and "satisfied_relation" not in found
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_shares_are_all_of_it_once(processes: int) -> None:
+    shares = []
+    for rank in range(processes):
+        state = SimpleNamespace(process_index=rank, num_processes=processes)
+        shares.append(Share(state, 17, 4).rows)
+    assert sorted(torch.cat(shares).tolist()) == list(range(17))
+    with pytest.raises(ValueError, match="the number of pictures is"):
+        Share(SimpleNamespace(process_index=0, num_processes=processes), processes - 1, 4)
+
+
+def test_what_pictures_are_told_is_spread_over_the_data() -> None:
+    assert spread_out(3, 10) == [0, 3, 6] and spread_out(5, 2) == [0, 1, 0, 1, 0]
+
+
+def test_features_are_kept_until_the_pictures_change(
+    pictures: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extractor = open_extractor(str(classifier), torch.device("cpu"))
+    state, size = PartialState(cpu=True), (SIDE, SIDE)
+    source = open_source(DataConfig(path=str(pictures)), "test")
+    first = features_of(source, size, extractor, state, tmp_path)
+    monkeypatch.setattr("pipelines.references.pixels_of", lambda *_: pytest.fail("read again"))
+    again = features_of(open_source(DataConfig(path=str(pictures)), "test"), size, extractor, state, tmp_path)
+    assert torch.equal(first.features, again.features) and torch.equal(first.logits, again.logits)
+    monkeypatch.undo()
+    features_of(source.chosen(range(10)), size, extractor, state, tmp_path)
+    assert len([*tmp_path.glob("*.safetensors")]) == 2
+    for kept in tmp_path.glob("*.safetensors"):
+        kept.write_bytes(b"damaged")
+    assert torch.equal(features_of(source, size, extractor, state, tmp_path).features, first.features)
+
+
+def test_the_nearest_are_found_in_batches_and_mirrored(pictures: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    others, real = torch.randn(5, 6, generator=rng), torch.randn(130, 6, generator=rng)
+    found = nearest(others, ([part] for part in real.split(40)))
+    distances = torch.cdist(others, real)
+    assert torch.equal(found.indices[:, 0], distances.argmin(1))
+    assert torch.allclose(found.distances, distances.sort(1).values[:, :50], atol=1e-5)
+    source = open_source(DataConfig(path=str(pictures)), "train")
+    copy = source.picture(3, 32).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert find_copies([copy], source).nearest == (3,)
+
+
+def test_copies_are_nearer_than_held_out_pictures() -> None:
+    def near(*distances: float) -> Near:
+        return Near(torch.tensor(distances)[:, None], torch.zeros(len(distances), 1, dtype=torch.int64))
+
+    held = near(1.0, 2.0, 3.0, 4.0)
+    assert nearer(near(0.5, 2.5, 9.0), held).tolist() == [1.0, 0.5, 0.0]
+    rng = np.random.default_rng(0)
+    alike = nearer(near(*rng.uniform(size=500)), near(*rng.uniform(size=500)))
+    assert abs(alike.mean().item() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "/nowhere", "--data", "{data}"], "/nowhere"),
+        (["evaluate", "{ldm}", "--data", "/nowhere", "--extractor", "none"], "There is nothing at /nowhere"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "x"], "There is no extractor 'x'"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--extractor", "x"], "remove one"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--n", "0"], "--n is 0"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "{extractor}", "--n", "7"], "at least 8"),
+        (["evaluate", "{ldm}", "--data", "{data}", *(["--extractor", "{extractor}"] * 2)], "Two extractors"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--split", "dev"], "dev"),
+        (["evaluate", "{ldm}/model", "--data", "{data}", "--extractor", "none", "--raw"], "no run folder"),
+        (["evaluate", "{ldm}/model", "--data", "{data}", "--extractor", "none"], "--out FILE.json"),
+        (
+            ["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--sampler", "x"],
+            "sampler is 'x'",
+        ),
+        (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--n", "21"], "only 20 pictures"),
+        (["evaluate", "{data}", "--data", "{data}", "--extractor", "none"], "holds neither"),
+        (
+            ["sweep", "steps", "1.5", "--model", "{ldm}", "--data", "{data}", "--out", "x.png"],
+            "steps is a int",
+        ),
+        (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json can't be read"),
+        (
+            ["compare", "{ldm}/model/model_index.json", "{ldm}/model/model_index.json"],
+            "no result of `ldm evaluate`",
+        ),
+        (["classifier", "--data", "scenes", "--out", "x"], "has no classes"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str],
+    message: str,
+    chain: Path,
+    pictures: Path,
+    classifier: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        places = {"ldm": chain / "ldm", "vae": chain / "vae", "data": pictures, "extractor": classifier}
+        ldm([word.format(**places) for word in words])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and message in said and "Traceback" not in said
