@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import io
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageFilter
-
-Range = tuple[float, float]
 
 
 def blurred(picture: Image.Image, radius: float) -> Image.Image:
@@ -54,43 +51,3 @@ def noise_level(picture: Image.Image) -> float:
     rows = grey[:, :-2] - 2 * grey[:, 1:-1] + grey[:, 2:]
     rest = rows[:, :, :-2] - 2 * rows[:, :, 1:-1] + rows[:, :, 2:]
     return float(math.sqrt(math.pi / 2) * np.abs(rest).mean() / 6)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Damage:
-    """Ranges that the strength of each damage is drawn from, evenly; null: that one never happens."""
-
-    blur: Range | None = (0.3, 1.5)
-    """Standard deviation of Gaussian blur in pixels"""
-    noise: Range | None = (2.0, 40.0)
-    """Standard deviation of Gaussian noise, of 255 levels"""
-    jpeg: Range | None = (10.0, 80.0)
-    """Quality of JPEG compression, 1 to 95"""
-    share: float = 0.6
-    """Probability of each of them; a picture may get several, in this order, or none"""
-
-    def __post_init__(self) -> None:
-        limits = {"blur": (0.0, 64.0), "noise": (0.0, 255.0), "jpeg": (1.0, 95.0)}
-        for name, (least, most) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value[0] <= value[1] <= most:
-                raise ValueError(
-                    f"restore.{name} is {value}, but must be two numbers from {least:g} to {most:g}"
-                )
-        if not 0 < self.share <= 1:
-            raise ValueError(f"restore.share is {self.share}, but must lie in (0, 1]")
-
-    def done(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-        """The picture, damaged."""
-        strength = {
-            name: rng.uniform(*span)
-            for name in ("blur", "noise", "jpeg")
-            if (span := getattr(self, name)) is not None and rng.uniform() < self.share
-        }
-        if "blur" in strength:
-            picture = blurred(picture, strength["blur"])
-        if "noise" in strength:
-            picture = noisy(picture, strength["noise"], rng)
-        if "jpeg" in strength:
-            picture = compressed(picture, round(strength["jpeg"]))
-        return picture

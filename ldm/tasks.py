@@ -27,7 +27,7 @@ from ldm import random
 from ldm.cache import LatentCache
 from ldm.conditioning import Words
 from ldm.config import plain
-from ldm.degradations import Damage, smaller
+from ldm.degradations import blurred, compressed, noisy, smaller
 from ldm.pictures import to_images, to_tensor
 from ldm.sampling import Pixels
 
@@ -101,10 +101,44 @@ class Upscale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Restore(Damage):
-    """Undoing damage."""
+class Restore:
+    """Undoing damage, whose strengths are drawn evenly from ranges; null: that one never happens."""
 
     kind: ClassVar[str] = "restore"
+    blur: tuple[float, float] | None = (0.3, 1.5)
+    """Standard deviation of Gaussian blur in pixels"""
+    noise: tuple[float, float] | None = (2.0, 40.0)
+    """Standard deviation of Gaussian noise, of 255 levels"""
+    jpeg: tuple[float, float] | None = (10.0, 80.0)
+    """Quality of JPEG compression, 1 to 95"""
+    share: float = 0.6
+    """Probability of each of them; a picture may get several, in this order, or none"""
+
+    def __post_init__(self) -> None:
+        limits = {"blur": (0.0, 64.0), "noise": (0.0, 255.0), "jpeg": (1.0, 95.0)}
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value[0] <= value[1] <= most:
+                raise ValueError(
+                    f"restore.{name} is {value}, but must be two numbers from {least:g} to {most:g}"
+                )
+        if not 0 < self.share <= 1:
+            raise ValueError(f"restore.share is {self.share}, but must lie in (0, 1]")
+
+    def done(self, picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The picture, damaged."""
+        strength = {
+            name: rng.uniform(*span)
+            for name in ("blur", "noise", "jpeg")
+            if (span := getattr(self, name)) is not None and rng.uniform() < self.share
+        }
+        if "blur" in strength:
+            picture = blurred(picture, strength["blur"])
+        if "noise" in strength:
+            picture = noisy(picture, strength["noise"], rng)
+        if "jpeg" in strength:
+            picture = compressed(picture, round(strength["jpeg"]))
+        return picture
 
     def channels(self, factor: int, latent: int) -> int:
         return 3 * factor**2

@@ -52,7 +52,8 @@ class Trial:
     seed: int = 0
     """Of what is spoiled, and of what is drawn"""
     blur: float | None = None
-    """For restoration: this damage alone, of this strength (`ldm.degradations.Damage`); likewise noise and jpeg"""
+    """For restoration: this damage alone, of this strength, instead of all that the model was
+    trained on; likewise noise and jpeg"""
     noise: float | None = None
     jpeg: float | None = None
 
@@ -72,7 +73,7 @@ class Trial:
         if all(strength is None for strength in chosen.values()):
             if trained is None:
                 raise UserError(f"{self.model} was trained to draw; give --noise, which it can remove.")
-            return trained
+            return replace(trained, share=1.0) if isinstance(trained, Restore) else trained
         if trained is not None and not isinstance(trained, Restore):
             raise UserError(
                 f"{self.model} was trained to {trained.kind} pictures; leave out the damage to others."

@@ -7,8 +7,9 @@ from PIL import Image
 
 from autoencoder.metrics import psnr
 from ldm import random
-from ldm.degradations import Damage, blurred, compressed, noise_level, noisy, smaller
+from ldm.degradations import blurred, compressed, noise_level, noisy, smaller
 from ldm.pictures import to_tensor
+from ldm.tasks import Restore
 
 
 def stream(position: int = 0) -> np.random.Generator:
@@ -44,17 +45,17 @@ def test_stronger_damage_is_further_from_the_picture(picture: Image.Image) -> No
 
 
 def test_damage_is_a_function_of_seed_and_position(picture: Image.Image) -> None:
-    every = Damage(share=1.0)
+    every = Restore(share=1.0)
     one, again, other = (np.asarray(every.done(picture, stream(p))) for p in (3, 3, 4))
     assert (one == again).all() and (one != other).any()
 
 
 def test_each_damage_happens_as_often_as_said(picture: Image.Image) -> None:
     tiny = picture.resize((8, 8))
-    rare = Damage(blur=None, jpeg=None, noise=(20.0, 20.0), share=0.25)
+    rare = Restore(blur=None, jpeg=None, noise=(20.0, 20.0), share=0.25)
     spoiled = sum((np.asarray(rare.done(tiny, stream(p))) != np.asarray(tiny)).any() for p in range(400))
     assert 70 < spoiled < 130
-    never = Damage(blur=None, jpeg=None, noise=None)
+    never = Restore(blur=None, jpeg=None, noise=None)
     assert all((np.asarray(never.done(tiny, stream(p))) == np.asarray(tiny)).all() for p in range(20))
 
 
@@ -63,7 +64,7 @@ def test_each_damage_happens_as_often_as_said(picture: Image.Image) -> None:
 )
 def test_ranges_that_mean_nothing_are_refused(setting: dict) -> None:
     with pytest.raises(ValueError, match=f"restore.{next(iter(setting))} is"):
-        Damage(**setting)
+        Restore(**setting)
 
 
 def test_a_picture_too_small_for_an_estimate_says_so() -> None:
