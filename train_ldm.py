@@ -10,7 +10,6 @@ as a stock diffusers folder.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.cache import LatentCache, build
-from ldm.conditioning import ConditioningConfig, labels_of, make_conditioner, text_of
+from ldm.conditioning import Conditioner, ConditioningConfig, labels_of, make_conditioner, text_of
 from ldm.config import DRY_RUN, UserError, command, load, without
 from ldm.contract import Contract
 from ldm.data import DataConfig, Source, open_source
@@ -30,48 +29,22 @@ from ldm.dry_run import rehearse
 from ldm.ema import EMA
 from ldm.faults import accounted, explain
 from ldm.inspection import inspected
+from ldm.masks import Masks, with_classes
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
 from ldm.paths import Flow, PathConfig, Spacing, make_path, stratify
 from ldm.prediction import PredictionName, Weight, make_prediction
 from ldm.profiles import Profiles
-from ldm.sampling import epochs
+from ldm.sampling import Pixels, epochs
+from ldm.tasks import Inpaint, Pairs, Restore, Segment, Task, TaskName, Upscale, task_of, words_of
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
 from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
-from pipelines.sheets import contact_sheet
+from pipelines.showing import ShowConfig, Shown, show, things_to_show
 from pipelines.stage_one import open_autoencoder
 from pipelines.validating import validate
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """Pictures drawn from fixed prompts and fixed noise while training."""
-
-    prompts: tuple[str, ...] = ()
-    """Captions or class names; by default the first distinct ones of the data"""
-    classes: tuple[str, ...] = ()
-    """With class+text: the class of each of the prompts"""
-    count: int = 16
-    """Pictures, if no prompts are given"""
-    every: int = 1000
-    """Optimizer steps between"""
-    steps: int = 20
-    """Sampling steps"""
-    guidance: float = 4.0
-    """Scale of classifier-free guidance"""
-
-    def __post_init__(self) -> None:
-        if self.every < 1 or self.count < 1:
-            raise ValueError(
-                f"show.every is {self.every} and show.count {self.count}, but both must be at least 1"
-            )
-        if self.steps < 1:
-            raise ValueError(f"show.steps is {self.steps}, but must be at least 1")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"show.guidance is {self.guidance}, but must be finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +54,15 @@ class Recipe:
     run: RunConfig
     autoencoder: str
     """A stage 1 run, a stock AutoencoderKL folder, or the name of one on the hub"""
+    task: TaskName | None = None
+    """text, class, unconditional: draw, told that. inpaint, upscale, restore, segment: make that of a picture. By
+    default what conditioning.kind says"""
     data: DataConfig = field(default_factory=DataConfig)
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    inpaint: Inpaint = field(default_factory=Inpaint)
+    upscale: Upscale = field(default_factory=Upscale)
+    restore: Restore = field(default_factory=Restore)
+    segment: Segment = field(default_factory=Segment)
     network: UNetConfig = field(default_factory=UNetConfig)
     path: PathConfig = field(default_factory=PathConfig)
     prediction: PredictionName = "flow"
@@ -101,8 +81,13 @@ class Recipe:
     """Optimizer steps between snapshots in OUT/ema, of which `ldm ema` makes averages of any length; 0: none"""
     show: ShowConfig = field(default_factory=ShowConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    workers: int = 1
+    """Processes that read pictures beside training, for tasks that begin with one; 0: the training itself"""
 
     def __post_init__(self) -> None:
+        kind = words_of(self.task, self.conditioning.kind)
+        object.__setattr__(self, "conditioning", replace(self.conditioning, kind=kind))
+        self.begins_with()
         if self.data.crop == "random":
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
         if self.run.shard and self.optimizer.name == "adamw8bit":
@@ -117,6 +102,10 @@ class Recipe:
             raise ValueError(
                 "ema_every keeps whole weights, which run.shard takes apart: remove one of the two"
             )
+
+    def begins_with(self) -> Task | None:
+        """The task with its settings, if it begins with a picture; ValueError where settings are another's."""
+        return task_of(self.task, (self.inpaint, self.upscale, self.restore, self.segment))
 
 
 @command("train_ldm.py", explain)
@@ -135,24 +124,22 @@ def train(recipe: Recipe, run: Run) -> None:
     """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
-    source = open_source(recipe.data)
-    run.say(source.describe())
-    source = inspected(source, run)
+    source = sound_source(recipe.data, run)
     autoencoder = run.place(open_autoencoder(recipe.autoencoder))
-    run.seed("conditioner")
-    conditioner = run.place(make_conditioner(recipe.conditioning, source.texts, source.classes))
-    report_cut_captions(run, conditioner, source)
-    contract = contract_of(source, autoencoder, conditioner)
+    conditioner = conditioner_for(recipe.conditioning, run, source)
+    task, wanted = task_and_wanted(recipe, source)
+    contract = contract_of(wanted, autoencoder, conditioner)
     contract.keep(run)
-    latents = build(run.out / "cache", run.part_of(source), recipe.data, autoencoder, conditioner, run)
+    latents = build(run.out / "cache", run.part_of(wanted), recipe.data, autoencoder, conditioner, run)
+    learned = Pairs(latents, Pixels(source, recipe.data, recipe.run.seed), task) if task else latents
 
     run.seed("unet")
-    unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner)))
+    unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner, task)))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
-    model = averaged_model(recipe, autoencoder, ema, conditioner)
-    prompts = prompts_to_show(model, recipe.show, source)
+    model = averaged_model(recipe, autoencoder, ema, conditioner, task)
+    shown = things_to_show(model, recipe.show, source, wanted)
     held_out = hold_out(recipe.validation, recipe.data, source, model, run)
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
@@ -162,27 +149,28 @@ def train(recipe: Recipe, run: Run) -> None:
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
+        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
         run.save()
 
-    for batch in run.batches(latents, epochs(source, recipe.data, recipe.run.batch_size)):
+    order = epochs(source, recipe.data, recipe.run.batch_size)
+    for batch in run.batches(learned, order, recipe.workers if task else 0):
         with run.accelerator.accumulate(network, told):
             shape = batch["mean"].shape[1:]
             z = scaled_latents(batch, run.normal("posterior", batch, shape), autoencoder)
             batch["drop"] = (run.uniform("drop", batch) < recipe.conditioning.dropout).to(run.device)
             t = model.path.times(levels(run, batch, recipe.stratified)).float().to(run.device)
             cond = told(batch).sized(*(side * autoencoder.config.factor for side in shape[1:]))
+            cond = cond._replace(image=given(run, model, batch, shape))
             loss = denoiser.loss(z, cond, t=t, noise=run.normal("noise", batch, shape))
             run.update(loss.mean(), optimizer, recipe.optimizer)
             run.note(dropped=batch["drop"].float().mean())
         if run.accelerator.sync_gradients:
             with as_judged(optimizer):
-                ema.update(run.step, **trained)
-                if profiles:
-                    profiles.update(run.step, **trained)
+                for average in averages.values():
+                    average.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        look(run, recipe, model, prompts, held_out, denoiser, ema, trained)
+        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -192,7 +180,7 @@ def train(recipe: Recipe, run: Run) -> None:
 
 
 def averaged_model(
-    recipe: Recipe, autoencoder: AutoencoderKL, ema: EMA, conditioner: nn.Module
+    recipe: Recipe, autoencoder: AutoencoderKL, ema: EMA, conditioner: nn.Module, task: Task | None
 ) -> LatentDiffusion:
     """What is drawn with and saved; ValueError now, not at the first save, if stock tools could not draw with it."""
     path = make_path(recipe.path)
@@ -209,7 +197,36 @@ def averaged_model(
         prediction=prediction,
         sampler=recipe.sampler,
         spacing=recipe.spacing,
+        task=task,
     )
+
+
+def sound_source(config: DataConfig, run: Run) -> Source:
+    """The data, without the bad pictures in it; says what was found."""
+    source = open_source(config)
+    run.say(source.describe())
+    return inspected(source, run)
+
+
+def task_and_wanted(recipe: Recipe, source: Source) -> tuple[Task | None, Any]:
+    """The task, if it begins with a picture, and the pictures that are to be made; UserError if it can't be."""
+    task = recipe.begins_with()
+    if isinstance(task, Upscale) and (recipe.data.bucket_step or recipe.data.size) % task.factor:
+        raise UserError(
+            f"upscale.factor {task.factor} does not divide data.size {recipe.data.size}, or data.bucket_step; "
+            "choose another."
+        )
+    if isinstance(task, Segment):
+        task = with_classes(task, source)
+        return task, Masks(source, task)
+    return task, source
+
+
+def given(run: Run, model: LatentDiffusion, batch: dict[str, Tensor], shape: Sequence[int]) -> Tensor | None:
+    """What the task of the model is given of the pictures of a batch, for latents of `shape`; None without one."""
+    if model.task is None:
+        return None
+    return model.image(batch, lambda: run.normal("given", batch, shape))
 
 
 def scaled_latents(batch: dict[str, Tensor], noise: Tensor, autoencoder: AutoencoderKL) -> Tensor:
@@ -239,12 +256,16 @@ def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Modu
 
 
 def fit_network(
-    config: UNetConfig, autoencoder: AutoencoderKL, latents: LatentCache, conditioner: nn.Module
+    config: UNetConfig,
+    autoencoder: AutoencoderKL,
+    latents: LatentCache,
+    conditioner: nn.Module,
+    task: Task | None = None,
 ) -> UNetConfig:
     """The U-Net's config with what the latents and the condition decide; UserError where the recipe says otherwise."""
     channels, height, width = latents.shape
     decided: dict[str, Any] = {
-        "in_channels": channels,
+        "in_channels": channels + (task.channels(autoencoder.config.factor, channels) if task else 0),
         "out_channels": channels,
         "sample_size": height if height == width else (height, width),
         "cross_attention_dim": None,
@@ -293,7 +314,10 @@ def learns(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> None:
+def conditioner_for(config: ConditioningConfig, run: Run, source: Source) -> Conditioner:
+    """What reads the words of the data, with its first weights; says how many captions are too long for it."""
+    run.seed("conditioner")
+    conditioner = run.place(make_conditioner(config, source.texts, source.classes))
     text = text_of(conditioner)
     cut = text.cut(source.texts or []) if text else 0
     if text and cut:
@@ -301,34 +325,18 @@ def report_cut_captions(run: Run, conditioner: nn.Module, source: Source) -> Non
             f"{cut} of {len(source)} captions are longer than {text.max_length} tokens and are cut; "
             "see conditioning.text.max_length"
         )
+    return conditioner
 
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def prompts_to_show(model: LatentDiffusion, config: ShowConfig, source: Source) -> dict[str, list[str]]:
-    """The fixed prompts, or the first distinct ones of the data, as arguments of the model; ValueError if it can't
-    read one."""
-    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
-    given = {"prompts": config.prompts, "classes": config.classes}
-    told = {name: list(names) for name, names in given.items() if names}
-    if text and labels and source.labels is not None and not told:
-        named = (source.classes[i] for i in source.labels.tolist())
-        pairs = list(dict.fromkeys(zip(source.texts or (), named, strict=True)))[: config.count]
-        told = {"prompts": [caption for caption, _ in pairs], "classes": [name for _, name in pairs]}
-    elif (text or labels) and not config.prompts:
-        names = source.texts or () if text else source.classes
-        told["prompts"] = list(dict.fromkeys(names))[: config.count]
-    model.read(told.get("prompts"), 1, told.get("classes"))
-    return told
-
-
 def look(
     run: Run,
     recipe: Recipe,
     model: LatentDiffusion,
-    prompts: dict[str, list[str]],
+    shown: Shown,
     held_out: HeldOut | None,
     denoiser: Denoiser,
     ema: EMA,
@@ -337,19 +345,11 @@ def look(
     """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
     if run.due(recipe.show.every):
         ema.gather()
-        show(run, model, recipe.show, prompts)
+        show(run, model, recipe.show, shown)
     if held_out and run.due(recipe.validation.every):
         ema.gather()
         guidance = recipe.show.guidance
         validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
-
-
-def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: dict[str, list[str]]) -> None:
-    """Draw the fixed prompts with the averaged weights."""
-    if run.main:
-        n = 1 if told else config.count
-        images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
-        run.picture(contact_sheet(images, told.get("prompts")), "drawn")
 
 
 if __name__ == "__main__":

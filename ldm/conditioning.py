@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ldm.config import UserError
 from ldm.encoders import Encoder, TextConfig, make_encoders
 
+Words = Literal["none", "class", "text", "class+text"]
+
 
 class Cond(NamedTuple):
     """Conditioning of B samples; None where the model does not use a field."""
@@ -26,11 +28,19 @@ class Cond(NamedTuple):
     label: Tensor | None = None  # [B] int64 class
     pooled: Tensor | None = None  # [B,P] one text vector a caption (SDXL)
     time_ids: Tensor | None = None  # [B,6] original size, crop corner, target size in pixels (SDXL)
+    image: Tensor | None = (
+        None  # [B,C',h,w] what a task is given of a picture; joins the channels of x (`ldm.tasks`)
+    )
 
     @staticmethod
     def cat(*conds: Cond) -> Cond:
         """Several conditions as one batch, in order."""
         return Cond(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*conds, strict=True)))
+
+    @property
+    def words(self) -> Cond:
+        """The same without the picture, which is never left out: what guidance is about."""
+        return self._replace(image=None)
 
     def sized(self, height: int, width: int) -> Cond:
         """With `pooled`, the same with the `time_ids` of uncropped pictures of that size in pixels; else itself.
@@ -47,8 +57,8 @@ class Cond(NamedTuple):
 class ConditioningConfig:
     """What the model is told."""
 
-    kind: Literal["none", "class", "text", "class+text"] = "text"
-    """none, class (labels or folder names), text (captions), or class+text"""
+    kind: Words | None = None
+    """none, class (labels or folder names), text (captions), or class+text; by default what `task` says, or text"""
     dropout: float = 0.1
     """Share of samples trained without their condition, which guidance needs"""
     text: TextConfig = field(default_factory=TextConfig)
@@ -56,10 +66,15 @@ class ConditioningConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"conditioning.dropout is {self.dropout}, but must lie in [0, 1)")
-        if "text" not in self.kind and self.text != TextConfig():
+        if "text" not in self.told and self.text != TextConfig():
             raise ValueError(
                 f"conditioning.text is set, but conditioning.kind is {self.kind}: remove one of the two"
             )
+
+    @property
+    def told(self) -> Words:
+        """The kind, or what it is by default."""
+        return self.kind or "text"
 
 
 class Unconditional(nn.Module):
@@ -278,16 +293,16 @@ def make_conditioner(
 ) -> Conditioner:
     """The conditioner that `config` asks for; captions or classes come from the data."""
     labels = text = None
-    if "class" in config.kind:
+    if "class" in config.told:
         if not classes:
             raise UserError(
-                f"conditioning.kind is {config.kind}, but the data has no classes; set data.label, or choose text."
+                f"conditioning.kind is {config.told}, but the data has no classes; set data.label, or choose text."
             )
         labels = ClassLabels(classes)
-    if "text" in config.kind:
+    if "text" in config.told:
         if not texts or not any(texts):
             raise UserError(
-                f"conditioning.kind is {config.kind}, but the pictures have no captions; put a .txt beside each "
+                f"conditioning.kind is {config.told}, but the pictures have no captions; put a .txt beside each "
                 "picture, or a metadata.csv with the columns file_name and text, or choose class or none."
             )
         frozen = bool(config.text.encoder) and config.text.weights == "pretrained"

@@ -242,6 +242,10 @@ class SceneSource(Source):
     ) -> Image.Image:
         return fitted(self.scenes[index]["image"], size, self.config.background, place)
 
+    def mask(self, index: int) -> Image.Image:
+        """What each pixel of picture `index` shows (`scenes.draw_with_mask`), at the size of the recipe."""
+        return self.scenes.mask(index)
+
 
 class Some(Sequence[Stored]):
     """Some of the pictures, in the order of `indices`."""

@@ -49,7 +49,10 @@ class Denoiser:
         """x_t [B,C,H,W] => the network's output [B,C,H,W], whatever it predicts, in the dtype of x."""
         _, sigma = spread(level, x)
         t = level.t.to(x.device, torch.float32).expand(len(x))
-        return self.network(self.path.scale_input(x, sigma), t, cond).to(x.dtype)
+        shown = self.path.scale_input(x, sigma)
+        if cond.image is not None:  # after the scaling, as stock pipelines do
+            shown = torch.cat([shown, cond.image.to(x.dtype)], dim=1)
+        return self.network(shown, t, cond.words).to(x.dtype)
 
     def to_x0(self, x: Tensor, out: Tensor, level: Level) -> Tensor:
         """x_t and the network's output there => the estimate of x_0 that it stands for."""

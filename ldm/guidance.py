@@ -132,7 +132,7 @@ def guided(
     by = guidance if isinstance(guidance, Guidance) else Guidance(scale=guidance)
     if weak and (weak.path, weak.prediction) != (denoiser.path, denoiser.prediction):
         raise ValueError("weak has another path or prediction than the model that it should guide")
-    told = any(part is not None for part in cond)
+    told = any(part is not None for part in cond.words)
     if by.scale != 1 and told and null is None and weak is None:
         raise ValueError(
             f"guidance scale is {by.scale}, but null is None; pass the condition to move away from"

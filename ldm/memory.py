@@ -83,7 +83,7 @@ class Saved:
 WORKING = 10
 """Copies of the largest activation that a backward pass needs beside what is saved: gradients in and out of a layer,
 other layouts, other precisions. Foreseen so, the peak was within 10 % of the measured one on a CPU (fruits, stage 1
-at 192 pictures in float32 and bf16, stage 2 at 256 in bf16)."""
+at 192 pictures in float32 and bf16, stage 2 at 256 in bf16); of five more, scenes, within 5 % (docs/log.md)."""
 
 
 def foreseen(few: tuple[int, int], sizes: tuple[list[int], list[int]], batch: int) -> int:

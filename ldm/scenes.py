@@ -217,7 +217,12 @@ def mask(shape: str, size: int, centre: Point, radius: float, turn: float) -> Im
 
 
 def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    """One picture of `scene`, RGB, `size` pixels square; `rng` decides its small differences from others.
+    """One picture of `scene`, RGB, `size` pixels square; `rng` decides its small differences from others."""
+    return draw_with_mask(scene, size, rng)[0]
+
+
+def draw_with_mask(scene: Scene, size: int, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+    """The picture, and its mask (L): 0 for the background, else one more than the place of the shape in SHAPES.
 
     Only `rng.random` is used, whose sequence Python promises to keep.
     """
@@ -230,13 +235,15 @@ def draw(scene: Scene, size: int, rng: random.Random) -> Image.Image:
         return red, green, blue
 
     image = Image.new("RGB", (size, size), tinted(BACKGROUNDS[scene.background], BACKGROUND_TINT))
+    numbers = Image.new("L", (size, size))
     for thing in scene.things:
         x, y = PLACES[thing.place] if scene.relation is None else SIDES[thing.place]
         centre = about(x, SHIFT), about(y, SHIFT)
         radius = SIZES[thing.size] * about(1, GROWTH)
         silhouette = mask(thing.shape, size, centre, radius, about(0, TURN))
         image.paste(tinted(COLOURS[thing.colour], TINT), mask=silhouette)
-    return image
+        numbers.paste(1 + SHAPES.index(thing.shape), mask=silhouette.point(lambda cover: 255 * (cover > 127)))
+    return image, numbers
 
 
 class Sample(TypedDict):
@@ -288,6 +295,11 @@ class Scenes:
         rng = random.Random(f"{self.seed}/{self.split}/{index}")
         scenes = every_scene(self.level, self.split)
         return scenes[int(rng.random() * len(scenes))], rng
+
+    def mask(self, index: int) -> Image.Image:
+        """What each pixel of picture `index` shows, as `draw_with_mask` says."""
+        scene, rng = self._scene(index)
+        return draw_with_mask(scene, self.size, rng)[1]
 
     def __getitem__(self, index: int) -> Sample:
         scene, rng = self._scene(index)

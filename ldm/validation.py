@@ -21,8 +21,10 @@ from ldm.config import UserError
 from ldm.data import DataConfig, SceneSource, Source, shown_source
 from ldm.denoiser import Denoiser
 from ldm.inspection import inspected
+from ldm.masks import Masks
 from ldm.paths import Path
 from ldm.pictures import to_tensor
+from ldm.tasks import Segment, spoiled
 
 SEED = 0
 """Not the run's: runs of different seeds are measured alike"""
@@ -65,7 +67,9 @@ class HeldOut:
     batch: dict[str, Tensor]
     """What a conditioner reads, [N,...] each"""
     scenes: tuple[str, ...] = ()
-    """The captions, if the pictures are drawn scenes"""
+    """The captions, if drawn scenes are drawn"""
+    image: Tensor | None = None
+    """[N,C',h,w] what the model's task is given of the pictures"""
 
 
 @torch.no_grad()
@@ -97,20 +101,28 @@ def hold_out(
         usable = told(source, model.conditioner)
     count = min(config.count, len(usable))
     chosen = [usable[i * len(usable) // count] for i in range(count)]
-    seen = ", which is trained on: the figures can't show what is only remembered"
-    run.say(f"validation on {count} pictures of split {split}{seen * (split == data.split)}")
+    same = ", which is trained on: the figures can't show what is only remembered"
+    run.say(f"validation on {count} pictures of split {split}{same * (split == data.split)}")
 
-    encoded = []
+    task = model.task
+    wanted: Any = Masks(source, task) if isinstance(task, Segment) else source
+    encoded, images = [], []
     for rows in torch.arange(count).split(BATCH):
-        pixels = torch.stack([to_tensor(source.picture(chosen[i], data.size)) for i in rows.tolist()])
+        pixels = torch.stack([to_tensor(wanted.picture(chosen[i], data.size)) for i in rows.tolist()])
         side = data.size // model.autoencoder.config.factor
         shape = (model.autoencoder.config.latent_channels, side, side)
         noise = random.normal(SEED, "validation posterior", rows, shape)
         encoded.append(model.encode(pixels.to(run.device), noise.to(run.device)))
-    scenes = [source.texts[i] for i in chosen] if isinstance(source, SceneSource) and source.texts else []
+        if task:
+            seen = [source.picture(chosen[i], data.size) for i in rows.tolist()]
+            given = {k: v.to(run.device) for k, v in spoiled(task, seen, SEED, rows.tolist()).items()}
+            images.append(model.image(given, lambda noise=noise: noise.to(run.device)))
+    drawn = isinstance(source, SceneSource) and source.texts and task is None
+    scenes = [source.texts[i] for i in chosen] if drawn and source.texts else []
     batch = read(source, chosen, model.conditioner)
     on_device = {name: value.to(run.device) for name, value in batch.items()}
-    return HeldOut(split, torch.cat(encoded), on_device, tuple(scenes))
+    image = torch.cat(images) if images else None
+    return HeldOut(split, torch.cat(encoded), on_device, tuple(scenes), image)
 
 
 def told(source: Source, conditioner: nn.Module) -> list[int]:
@@ -157,6 +169,7 @@ def losses(
     found = torch.zeros(bins, n, device=run.device)
     with in_eval_mode(denoiser.network, conditioner), run.accelerator.autocast():
         cond = conditioner(held_out.batch).sized(*(side * factor for side in shape[1:]))
+        cond = cond._replace(image=held_out.image)
         for turn in range(rank, turns * ranks, ranks):
             level, rows = batches[turn % len(batches)]
             here = rows.to(run.device)

@@ -92,6 +92,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
     rng = np.random.default_rng(seed)
     network = Classifier(len(source.classes)).to(memory_format=torch.channels_last)
     pixels, labels, indices = load_pixels(source, data.size), source.labels, order(source, balance=True)
+    batch = min(batch, len(indices))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 4e-3, total_steps=epochs * (len(indices) // batch)

@@ -14,6 +14,7 @@ from pipelines.cli_edit import add_edit
 from pipelines.cli_evaluate import add_evaluate
 from pipelines.cli_plot import add_plot
 from pipelines.cli_publish import add_publish
+from pipelines.cli_tasks import add_tasks
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
 
     add_draw(verbs)
     add_edit(verbs)
+    add_tasks(verbs)
     name = verbs.add_parser(
         "recognise", help="how many drawn pictures a classifier of the real ones names rightly"
     )

@@ -1,8 +1,9 @@
 """Models as stock diffusers folders.
 
 A model of captions is a `StableDiffusionPipeline`, or a `StableDiffusionXLPipeline` if its encoders make one vector
-of a caption besides the states. A model of classes, of both or of nothing consists of the same stock parts, listed in
-`model_index.json` with the class names under `id2label`, as `DiTPipeline` keeps them.
+of a caption besides the states; one that fills holes as captions say is a `StableDiffusionInpaintPipeline`. Models of
+classes, of both, of nothing, or of another task consist of the same stock parts, listed in `model_index.json` with the
+class names under `id2label`, as `DiTPipeline` keeps them, and the task under `task`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from autoencoder.untrusted import inside, read_json
 from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
 from ldm.encoders import quietly
+from ldm.masks import palette
 from ldm.prediction import make_prediction
+from ldm.tasks import Inpaint, Segment, Task, from_json, to_json
 from ldm.unet import UNet
 from pipelines.schedulers import DIFFUSERS_VERSION, from_scheduler_config, scheduler_config
 from pipelines.strangers import load_encoder
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 INDEX = "model_index.json"
 OURS = "LatentDiffusionPipeline"
 TEXT, POOLED = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+INPAINT = "StableDiffusionInpaintPipeline"
 ZERO_NULL = "force_zeros_for_empty_prompt"  # of POOLED
 FILES = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
 
@@ -47,15 +51,29 @@ def save(model: LatentDiffusion, folder: Path) -> None:
         model.unet.save_pretrained(fresh / "unet")
         model.autoencoder.save_pretrained(fresh / "vae")
         write_json(fresh / "scheduler" / "scheduler_config.json", scheduler)
-        index: dict[str, Any] = {"_class_name": OURS, "_diffusers_version": DIFFUSERS_VERSION}
+        kind = kind_of(model)
+        index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
         text, labels = text_of(model.conditioner), labels_of(model.conditioner)
         if text:
-            index["_class_name"] = OURS if labels else POOLED if text.pools else TEXT
             parts |= _save_text(text, fresh)
+        if model.task and kind != INPAINT:
+            index["task"] = to_json(model.task)
+            if isinstance(model.task, Segment):
+                index["task"]["colors"] = palette(len(model.task.classes)).tolist()
         if labels:
             index["id2label"] = dict(enumerate(labels.classes))
         index["_autoencoder_sha256"] = weight_hash(model.autoencoder.state_dict())
         write_json(fresh / INDEX, index | parts)
+
+
+def kind_of(model: LatentDiffusion) -> str:
+    """The stock pipeline that draws exactly as the model does, or `OURS`."""
+    text = text_of(model.conditioner)
+    if text is None or labels_of(model.conditioner):
+        return OURS
+    if model.task is None:
+        return POOLED if text.pools else TEXT
+    return INPAINT if isinstance(model.task, Inpaint) and not text.pools else OURS
 
 
 def _save_text(text: Text, fresh: Path) -> dict[str, Any]:
@@ -104,8 +122,10 @@ def load(model: str | Path) -> dict[str, Any]:
 def _load(folder: Path) -> dict[str, Any]:
     index = read_json(folder / INDEX)
     kind = index.get("_class_name")
-    if kind not in (OURS, TEXT, POOLED):
-        raise UserError(f"{folder} holds a {kind}; this tool draws with {TEXT}, {POOLED} and {OURS} folders.")
+    if kind not in (OURS, TEXT, POOLED, INPAINT):
+        raise UserError(
+            f"{folder} holds a {kind}; this tool draws with {TEXT}, {POOLED}, {INPAINT} and {OURS} folders."
+        )
     autoencoder = AutoencoderKL.from_pretrained(inside(folder, "vae"))
     made_for = index.get("_autoencoder_sha256")
     if made_for and made_for != weight_hash(autoencoder.state_dict()):
@@ -114,7 +134,8 @@ def _load(folder: Path) -> dict[str, Any]:
         read_json(inside(folder, "scheduler") / "scheduler_config.json")
     )
     unet, conditioner = UNet.from_pretrained(inside(folder, "unet")), load_conditioner(folder, index)
-    require_fit(unet, autoencoder, conditioner, folder)
+    task = Inpaint() if kind == INPAINT else from_json(index["task"]) if index.get("task") else None
+    require_fit(unet, autoencoder, conditioner, task, folder)
     return {
         "autoencoder": autoencoder,
         "unet": unet,
@@ -123,6 +144,7 @@ def _load(folder: Path) -> dict[str, Any]:
         "prediction": make_prediction(prediction, path),
         "sampler": sampler,
         "spacing": spacing,
+        "task": task,
     }
 
 
@@ -135,7 +157,9 @@ def load_conditioner(folder: Path, index: dict[str, Any]) -> Conditioner:
     return join(ClassLabels([str(names[str(i)]) for i in range(len(names))]) if names else None, text)
 
 
-def require_fit(unet: UNet, autoencoder: AutoencoderKL, conditioner: Conditioner, folder: Path) -> None:
+def require_fit(
+    unet: UNet, autoencoder: AutoencoderKL, conditioner: Conditioner, task: Task | None, folder: Path
+) -> None:
     """ValueError unless the U-Net reads what the others make."""
     with torch.no_grad():
         null = conditioner.null(1)
@@ -153,6 +177,13 @@ def require_fit(unet: UNet, autoencoder: AutoencoderKL, conditioner: Conditioner
         raise ValueError(
             f"{folder}: id2label names {len(classes.classes)} classes, but the U-Net has {rows} embeddings, "
             "the null one included."
+        )
+    latent = autoencoder.config.latent_channels
+    wanted_in = latent + (task.channels(autoencoder.config.factor, latent) if task else 0)
+    if unet.config.in_channels != wanted_in:
+        raise ValueError(
+            f"{folder}: the U-Net reads {unet.config.in_channels} channels, but latents"
+            f"{f' and what is given to {task.kind}' if task else ''} have {wanted_in}."
         )
     if unet.config.out_channels != autoencoder.config.latent_channels:
         raise ValueError(

@@ -7,7 +7,7 @@ laid on white; sides are multiples of the model's factor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from ldm.guidance import Guidance
 from ldm.paths import Grid, Spacing
 from ldm.pictures import to_images
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
+from pipelines import tasks
 from pipelines.inputs import filled, softened, to_mask, to_pixels, upright
 from pipelines.latent_diffusion import LatentDiffusion, noise_of, seeds_of
 
@@ -121,6 +122,12 @@ def inpaint(
         ValueError: as `image_to_image`; a mask of another size, without a hole, or without anything else.
     """
     require_int("resample", resample, 1, 100)
+    if model.task:
+        if resample != 1:
+            raise ValueError(f"resample is {resample}, which a model trained to fill holes does without")
+        how: dict[str, Any] = {"steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance}
+        how |= {"classes": classes, "soft": soft, "negative": negative, "n": n, "seed": seed}
+        return tasks.inpaint(model, picture, mask, prompts, **how)
     pixels = to_pixels(model, picture)
     hole = to_mask(mask, picture).to(pixels.device)
     edge = softened(hole, soft)

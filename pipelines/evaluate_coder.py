@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from autoencoder.store import weight_hash
 from ldm.config import UserError
 from ldm.pictures import to_images
 from pipelines.bench import SHOWN, Bench, Result
@@ -51,13 +52,12 @@ def of_reconstructions(bench: Bench) -> Result:
     back = images_of(share.whole(pixels, shown))
     originals = [bench.source.picture(bench.indices[i], side) for i in shown]
     result.pictures["reconstructions"] = side_by_side(originals, back, labels=("original", "given back"))
-    more = {
-        "latent": "mean of the posterior"
-        if bench.subject.about["kind"] == "AutoencoderKL"
-        else "nearest codes"
+    stamp = lpips and {
+        "network": bench.what.lpips.network,
+        "weights_sha256": weight_hash(lpips.network.state_dict()),
     }
-    lpips_by = bench.what.lpips.network if lpips else None
-    result.protocol = bench.protocol("reconstructed", (side, side), lpips=lpips_by, **more)
+    latent = "nearest codes" if bench.subject.about["kind"] == "VQModel" else "mean of the posterior"
+    result.protocol = bench.protocol("reconstructed", (side, side), lpips=stamp, latent=latent)
     if state.is_main_process:
         for extractor, (made, real) in zip(bench.extractors, looks, strict=True):
             found = of_sets(made, real.rows(bench.indices), paired=True)

@@ -160,7 +160,7 @@ def _inception(file: Path | None) -> Extractor:
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(file)
             )
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as problem:
-        raise UserError(f"{file} does not hold the weights of Inception: {_first_line(problem)}") from None
+        raise UserError(f"{file} does not hold the weights of Inception: {first_line(problem)}") from None
     return Extractor(
         name="inception",
         network=network,
@@ -180,7 +180,7 @@ def _stock_inception(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=digest)
         except (OSError, RuntimeError) as problem:
             raise UserError(
-                f"The Inception weights {file} are not there and can't be fetched ({_first_line(problem)}): download "
+                f"The Inception weights {file} are not there and can't be fetched ({first_line(problem)}): download "
                 f"{url} where there is internet and put it there, or name it with --extractor inception@FILE, or "
                 "choose another extractor."
             ) from None
@@ -216,7 +216,7 @@ def _torchvision(model: str, file: Path | None) -> Extractor:
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as problem:
         cached = Path(torch.hub.get_dir(), "checkpoints", stock.url.rsplit("/", 1)[-1])
         raise UserError(
-            f"The weights of {name} can't be had ({_first_line(problem)}): put {stock.url} at {cached}, or name a "
+            f"The weights of {name} can't be had ({first_line(problem)}): put {stock.url} at {cached}, or name a "
             f"safetensors file, {name}@FILE."
         ) from None
     preset = stock.transforms()
@@ -247,7 +247,7 @@ def _timm(model: str, file: Path | None) -> Extractor:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
         raise UserError(
-            f"The weights of timm:{model} can't be had ({_first_line(problem)}): have model.safetensors of "
+            f"The weights of timm:{model} can't be had ({first_line(problem)}): have model.safetensors of "
             f"{told.hf_hub_id} in the Hugging Face cache, or name a safetensors file, timm:{model}@FILE."
         ) from None
     side = told.input_size[-1]
@@ -273,7 +273,7 @@ def _transformers(model: str, file: Path | None) -> Extractor:
         processor: Any = AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError) as problem:
         raise UserError(
-            f"The extractor transformers:{model} can't be had ({_first_line(problem)}): name a folder with "
+            f"The extractor transformers:{model} can't be had ({first_line(problem)}): name a folder with "
             "config.json, model.safetensors and preprocessor_config.json, or a model in the Hugging Face cache."
         ) from None
     missing = sorted(found["missing_keys"])
@@ -336,5 +336,6 @@ FAMILIES: dict[str, Callable[[str, Path | None], Extractor]] = {
 }
 
 
-def _first_line(problem: BaseException) -> str:
+def first_line(problem: BaseException) -> str:
+    """What a library says went wrong, for a sentence of ours."""
     return (str(problem).strip() or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -7,7 +7,7 @@ model("a large red circle at the top left on a white background", seed=1)[0].sho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
 from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
+from ldm.tasks import Given, Task
 from ldm.unet import UNet
 from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
 from pipelines.schedulers import sampling_grid
@@ -58,6 +59,8 @@ class LatentDiffusion:
     precision: Precision = "f32"
     fast: bool = True
     reuse: int = 1
+    task: Task | None = None
+    """If it begins with a picture: `pipelines.tasks` is what such a model is for."""
 
     def __post_init__(self) -> None:
         require_int("reuse", self.reuse, 1, 2**31)
@@ -154,12 +157,23 @@ class LatentDiffusion:
         shape: Sequence[int],
         guidance: float | Guidance,
         negative: str = "",
+        image: Tensor | None = None,
     ) -> Denoise:
-        """What a sampler takes, for n samples with latents of (C, h, w), told what `read` gave."""
+        """What a sampler takes, for n samples with latents of (C, h, w), told what `read` gave.
+
+        Args:
+            image: what the model's task is given of pictures, [n,C',h,w]; it is the same with and without the words.
+
+        Raises:
+            ValueError: it is missing, as something is asked of the model that it was not trained for.
+        """
+        if self.task is not None and image is None:
+            raise ValueError(f"this model was trained to {self.task.kind} pictures, and can do nothing else")
         height, width = (side * self.autoencoder.config.factor for side in shape[1:])
         cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
         null = self.null(negative, n)
-        return guided(self.denoiser(), cond.sized(height, width), null.sized(height, width), guidance)
+        to, away = (c.sized(height, width)._replace(image=image) for c in (cond, null))
+        return guided(self.denoiser(), to, away, guidance)
 
     def read(
         self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
@@ -237,6 +251,17 @@ class LatentDiffusion:
         """To draw with: no gradients, and the weights that the U-Net has now."""
         network = to_draw(self.unet, self.precision, prepare=self.fast, reuse=self.reuse)
         return Denoiser(network, self.path, self.prediction)
+
+    def image(self, given: Given, noise: Callable[[], Tensor]) -> Tensor:
+        """What the task gives the U-Net of a batch of pictures, [B,C',h,w].
+
+        Args:
+            noise: called for standard normal noise like their latents, if they are encoded.
+        """
+        assert self.task is not None
+        factor = self.autoencoder.config.factor
+        with torch.no_grad():
+            return self.task.image(given, lambda pixels: self.encode(pixels, noise()), factor)
 
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [B,3,H,W] in [-1, 1] => latents [B,C,h,w]: the posterior's mean, or the sample `noise` stands for."""

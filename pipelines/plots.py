@@ -127,7 +127,7 @@ def trajectory(
     shown = [seen[i] for i in np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int)]
     drawn = [[to_images(model.decode(z)) for z in (x, x0)] for x, x0, _ in shown]
     images = [both[kind][row] for row in range(n) for kind in (0, 1) for both in drawn]
-    captions = [f"{name}, {share:.1%} noise" for name in ("x_t", "x_0 seen in") for _, _, share in shown]
+    captions = [f"{name} {share:.1%} noise" for name in ("x_t,", "x_0 seen in") for _, _, share in shown]
     return contact_sheet(images, captions * n, columns=len(shown))
 
 

@@ -15,10 +15,10 @@ RESIZE = "Lanczos with antialiasing, cropped in the middle"
 """How `Source.picture` brings real pictures to the size of drawn ones"""
 
 
-def versions(precise: torch.device) -> dict[str, str]:
+def versions(device: torch.device) -> dict[str, str]:
     """Of the packages that figures depend on, and the kind of device."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES if installed(name)}
-    return found | {"device": precise.type}
+    return found | {"device": device.type}
 
 
 def installed(name: str) -> bool:

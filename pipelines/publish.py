@@ -272,6 +272,12 @@ def emptied(out: Path) -> Path:
 
 def kind_of(model: LatentDiffusion) -> str:
     text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+    if model.task:
+        raise UserError(
+            f"A model that was trained to {model.task.kind} pictures can't be published by this command yet; the "
+            "folder model of its run is what stock tools open, with pipelines/shipped/pipeline.py in it unless its "
+            "model_index.json names a stock pipeline."
+        )
     if text and labels:
         raise UserError(
             "A model of classes and captions together can't be published yet: no stock class draws so."

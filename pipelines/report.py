@@ -214,7 +214,8 @@ def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
         for name, figure in found["figures"].items()
     ]
     missing = [f"{name.replace('_', ' ')}: {reason}" for name, reason in found.get("left_out", {}).items()]
-    protocol = "\n".join(f"{name}: {value}" for name, value in flat(found["protocol"]).items())
+    about = {name: found[name] for name in ("measured", "data") if name in found}
+    protocol = "\n".join(f"{name}: {value}" for name, value in flat(about | found["protocol"]).items())
     pictures = {name: Image.open(folder / file) for name, file in found.get("pictures", {}).items()}
     page.table(["figure", "value ± standard error", "95 % interval"], rows)
     if missing:

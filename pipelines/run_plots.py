@@ -143,8 +143,8 @@ def draw_levels(axes: Axes, found: Levels) -> None:
             colour = shades(0.1 + 0.9 * i / max(1, len(levels) - 1))
             line, label = ("-", f"{at:.1f}") if weights.endswith("ema") else (":", None)
             curve(axes, *there, color=colour, linestyle=line, linewidth=1.2, label=label)
-    axes.set(xlabel="step", yscale="log")
-    axes.legend(title="ln SNR", fontsize=7, title_fontsize=8, frameon=False)
+    axes.set_xlabel("step")
+    axes.legend(title="ln SNR", fontsize=7, title_fontsize=8, frameon=False, ncols=2, loc="upper right")
     split = next(iter(found)).partition(",")[0]
     tidy(axes, f"{split} loss by noise level (dotted: raw weights)")
 

@@ -13,6 +13,7 @@ from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cache
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from ldm.scenes_check import satisfied
+from pipelines.extractors import first_line
 from pipelines.generation import images_of
 
 ATTRIBUTES = ("all", "colour", "shape", "size", "place", "relation", "background")
@@ -34,10 +35,9 @@ class Clip:
             model = CLIPModel.from_pretrained(name, use_safetensors=True)
             processor: Any = CLIPProcessor.from_pretrained(name)
         except (OSError, ValueError) as problem:
-            reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
             raise UserError(
-                f"The CLIP model {name} can't be had ({reason}): name a folder with its config, tokenizer and "
-                "model.safetensors, or leave out --clip."
+                f"The CLIP model {name} can't be had ({first_line(problem)}): name a folder with its config, "
+                "tokenizer and model.safetensors, or leave out --clip."
             ) from None
         self.device = device
         parts: Any = (_Plain(model), processor)

@@ -17,6 +17,7 @@ from autoencoder.vq import VQModel
 from ldm.checkpoint import damage, restore
 from ldm.config import UserError
 from pipelines.diffusers_format import INDEX
+from pipelines.extractors import first_line
 from pipelines.latent_diffusion import LatentDiffusion
 
 Weights = Literal["averaged", "raw"]
@@ -102,13 +103,13 @@ def _on_hub(name: str, file: str) -> bool:
         hf_hub_download(name, file)
     except LocalEntryNotFoundError as problem:
         raise UserError(
-            f"{name} is neither a folder here nor a model on the hub: {_first_line(problem)}"
+            f"{name} is neither a folder here nor a model on the hub: {first_line(problem)}"
         ) from None
     except EntryNotFoundError:
         return False
     except (OSError, ValueError) as problem:
         raise UserError(
-            f"{name} is neither a folder here nor a model on the hub: {_first_line(problem)}"
+            f"{name} is neither a folder here nor a model on the hub: {first_line(problem)}"
         ) from None
     return True
 
@@ -132,7 +133,3 @@ def reconstructed(coder: AutoencoderKL | VQModel, pixels: Tensor) -> Tensor:
     """Pixels [B,3,H,W] in [-1, 1] => what comes back, within [-1, 1]; of a Gaussian posterior the mean is decoded."""
     z = coder.encode(pixels)
     return coder.decode(z if isinstance(z, Tensor) else z.mean).clamp(-1, 1)
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

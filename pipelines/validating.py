@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autoencoder.metrics import psnr
 from ldm.denoiser import Denoiser
 from ldm.pictures import to_images
 from ldm.scenes_check import score
@@ -52,6 +53,7 @@ def quick_figures(
 ) -> dict[str, float]:
     """Draw one picture for what is known of each held-out one, from fixed noise, and say how near they come.
 
+    What a task makes of a picture is compared with what it should, as the autoencoder has it (PSNR).
     Drawn scenes are read: the share that satisfies its caption in every attribute, with `guidance`. Of other pictures
     it is the `energy_distance` between the `texture` of latents drawn without guidance, which would narrow them, and
     of the held-out ones: it notices blur, noise, faint colours and sameness, not whether a thing is drawn rightly.
@@ -60,6 +62,9 @@ def quick_figures(
     if held_out.scenes:
         images = to_images(model.decode(drawn(model, held_out, steps, guidance)))
         return {f"{split}_prompts_satisfied": score(images, held_out.scenes)["all"]}
+    if held_out.image is not None:
+        made, wanted = (model.decode(z) for z in (drawn(model, held_out, steps, guidance), held_out.z))
+        return {f"{split}_made_psnr_db": psnr(made.clamp(-1, 1), wanted.clamp(-1, 1)).mean().item()}
     if len(held_out.z) < 2:  # which have no distance between them
         return {}
     found, there = texture(drawn(model, held_out, steps, 1.0)), texture(held_out.z)
@@ -74,7 +79,8 @@ def drawn(model: LatentDiffusion, held_out: HeldOut, steps: int, guidance: float
     parts = []
     for rows in torch.arange(len(held_out.z)).split(BATCH):
         told = {name: value[rows] for name, value in held_out.batch.items()}
-        denoise = model.guided(told, len(rows), shape, guidance)
+        image = None if held_out.image is None else held_out.image[rows]
+        denoise = model.guided(told, len(rows), shape, guidance, image=image)
         noise = noise_of(rows.tolist(), shape, model.device)
         parts.append(sample(denoise, noise(-1) * start, grid, noise=noise))
     return torch.cat(parts)

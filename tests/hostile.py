@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import trange
+
 from ldm.config import UserError
 from pipelines import LatentDiffusion
 
@@ -123,7 +125,9 @@ def outcome(load: Callable[[], object]) -> str:
         load()
     except REFUSALS as problem:
         return "refused" if str(problem).strip() else f"no words: {type(problem).__name__}"
-    except BaseException as problem:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as problem:  # a panic in Rust is no Exception
         return f"CRASH {type(problem).__name__}: {str(problem)[:200]}"
     return "loaded"
 
@@ -139,7 +143,7 @@ def fuzz(model: Path, count: int, seed: int = 0) -> dict[str, Any]:
         files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
         LatentDiffusion.from_pretrained(folder)
         with opened_files(folder) as outside:
-            for _ in range(count):
+            for _ in trange(count, unit="folder", disable=None):
                 path = rng.choice(files)
                 before = path.read_bytes()
                 if path.suffix == ".safetensors":

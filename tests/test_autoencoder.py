@@ -1,6 +1,7 @@
 """AutoencoderKL against diffusers', its posterior, and the pixel losses."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -111,15 +112,21 @@ def test_forward_and_gradients_are_those_of_diffusers(shape: str, tmp_path: Path
     assert forward <= 1e-5 and gradient <= 1e-4
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_diffusers_reads_what_we_save(shape: str, tmp_path: Path) -> None:
-    ours = make(**SHAPES[shape])
-    ours.save_pretrained(tmp_path)
-    theirs, info = diffusers.AutoencoderKL.from_pretrained(tmp_path, output_loading_info=True)
+def read_by_stock(ours: Any, stock: Any, folder: Path) -> Any:
+    """What the stock class `stock` makes of the network as we save it; all settings must be as ours."""
+    ours.save_pretrained(folder)
+    theirs, info = stock.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     for key, value in (vars(ours.config) | ours.config.fixed()).items():
         saved = theirs.config[key]
         assert (tuple(saved) if isinstance(saved, list) else saved) == value, key
+    return theirs
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_diffusers_reads_what_we_save(shape: str, tmp_path: Path) -> None:
+    ours = make(**SHAPES[shape])
+    theirs = read_by_stock(ours, diffusers.AutoencoderKL, tmp_path)
     assert AutoencoderKL.from_pretrained(tmp_path).config == ours.config
 
     x = torch.randn(1, ours.config.in_channels, 16, 16)

@@ -72,9 +72,13 @@ def test_settings_newer_than_a_run_have_their_defaults_in_it() -> None:
 
 def undocumented(kind: type) -> list[str]:
     """Settings of a dataclass, and of those in it, that no docstring follows."""
-    body = ast.parse(inspect.getsource(kind)).body[0].body
-    after = dict(zip(body, [*body[1:], None], strict=True))
-    said = {n.target.id for n in after if isinstance(n, ast.AnnAssign) and isinstance(after[n], ast.Expr)}
+    said = set()
+    for cls in kind.__mro__[:-1]:
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+        after = dict(zip(body, [*body[1:], None], strict=True))
+        said |= {
+            n.target.id for n in after if isinstance(n, ast.AnnAssign) and isinstance(after[n], ast.Expr)
+        }
     types = get_type_hints(kind)
     own = [f.name for f in fields(kind) if not is_dataclass(types[f.name])]
     missing = [f"{kind.__name__}.{name}" for name in own if name not in said]

@@ -100,12 +100,16 @@ def test_without_the_package_it_says_which(tmp_path: Path, monkeypatch: pytest.M
         Credentials(chain=tmp_path / "chain.pem", key=tmp_path / "key.pem").require()
 
 
-def test_the_command_signs_what_it_draws(chain: Path, tmp_path: Path) -> None:
+def test_the_commands_sign_what_they_draw_or_say_why_not(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("c2pa", reason="content credentials are optional")
     me = certified(tmp_path / "me", "ec")
     words = ["generate", str(chain / "ldm"), "a red circle", "--steps", "2", "--out", str(tmp_path / "out")]
     ldm([*words, "--credentials", str(me.chain), str(me.key)])
     assert {state(tmp_path / "out" / name) for name in ("0000.png", "sheet.png")} == {"Valid"}
-    with pytest.raises(SystemExit):
-        ldm([*words, "--out", str(tmp_path / "none"), "--credentials", str(me.key), str(me.key)])
-    assert not (tmp_path / "none").exists()
+    publish = ["publish", str(chain / "ldm"), "me/model", "--license", "mit", "--dry-run"]
+    for verb in (words, publish):
+        with pytest.raises(SystemExit):
+            ldm([*verb, "--out", str(tmp_path / "none"), "--credentials", str(me.key), str(me.key)])
+        assert "can't sign pictures" in capsys.readouterr().err and not (tmp_path / "none").exists()

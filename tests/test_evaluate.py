@@ -15,6 +15,7 @@ pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
 from accelerate import PartialState
 
 from autoencoder.metrics import psnr
+from autoencoder.vq import VQConfig, VQModel
 from ldm.data import DataConfig, ScenesConfig, open_source
 from ldm.pictures import to_tensor
 from ldm.scenes import Scenes
@@ -178,6 +179,28 @@ def test_an_autoencoder_is_measured_picture_by_picture(
     assert figures["psnr"] == pytest.approx(psnr(reconstructed(coder, x), x).mean().item(), rel=1e-4)
 
 
+def test_a_codebook_is_measured_too(pictures: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    VQModel(VQConfig(block_out_channels=(8, 8), norm_num_groups=4, sample_size=SIDE)).save_pretrained(
+        tmp_path / "vq"
+    )
+    words = ["--data", str(pictures), "--extractor", "none", "--n", "4", "--out", str(tmp_path / "vq.json")]
+    ldm(["evaluate", str(tmp_path / "vq"), *words])
+    content = json.loads((tmp_path / "vq.json").read_text())
+    assert content["protocol"]["latent"] == "nearest codes" and content["protocol"]["weights"] == "as saved"
+    assert {"psnr", "ssim"} == content["figures"].keys()
+
+
+def test_a_classifier_is_trained_and_judges(
+    chain: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(tmp_path / "judge")
+    ldm(["classifier", "--data", str(pictures), "--size", str(SIDE), "--epochs", "2", "--out", folder])
+    assert "2 classes, names" in capsys.readouterr().out
+    found = open_extractor(folder, torch.device("cpu"))
+    assert found.classes == ("one", "two") and found.resize.endswith("16x16")
+
+
 def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], tmp_path: Path) -> None:
     from torchvision.models import squeezenet1_1
 
@@ -186,7 +209,7 @@ def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], 
     words = [*asked, "--size", "32", "--n", "8", "--lpips", "squeeze", "--out", str(tmp_path / "vae.json")]
     ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "squeeze.safetensors")])
     content = json.loads((tmp_path / "vae.json").read_text())
-    assert content["figures"]["lpips"]["value"] > 0 and content["protocol"]["lpips"] == "squeeze"
+    assert content["figures"]["lpips"]["value"] > 0 and content["protocol"]["lpips"]["network"] == "squeeze"
     assert not content["left_out"]
     with pytest.raises(SystemExit):
         ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "none.safetensors")])

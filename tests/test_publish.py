@@ -74,6 +74,7 @@ def test_what_was_published_is_the_manifest_in_one_commit(published) -> None:
     }
     assert all(ALLOWED.fullmatch(path) for path in manifest) and "samples/01.png" in manifest
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in manifest
+    assert hub.blob(tree["LICENSE"]).read_text().startswith("Creative Commons Attribution 4.0")
     assert hub.commits(NAME) == 2 and "published and read back" in said
 
 
@@ -213,6 +214,7 @@ def test_a_copy_of_a_training_picture_is_found_and_a_new_one_is_not() -> None:
         (["--license", "my-own"], 1, "--license is my-own"),
         ([], 2, "--license"),
         (["--license", "mit"], 1, "There is no token for the hub"),
+        (["--license", "openrail", "--dry-run"], 1, "The text of openrail isn't here"),
         (["--license", "mit", "--dry-run"], 1, "Which captions to draw samples of is not said"),
         (["--license", "mit", "--dry-run", "--data", "nowhere"], 1, "There is nothing at nowhere"),
         (["--license", "mit", "--dry-run", "--prompt", "x", "--out", "{ldm}"], 1, "holds something else"),

@@ -40,6 +40,7 @@ def trained(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "left_out": {"clip_score": "there is no CLIP model"},
         "protocol": PROTOCOL,
         "pictures": {"nearest": "test.png"},
+        "measured": "2026-11-21T12:00:00",
     }
     (folder / "test.json").write_text(json.dumps(found))
     (folder / "torn.json").write_text("{")
@@ -94,7 +95,13 @@ def test_figures_come_with_their_protocol_and_what_is_missing_is_said(page: str)
     cells = re.findall(r"<td>(.*?)</td>", part)
     assert cells == ["kid", "0.01235 ± 0.002", "0.008 to 0.016", "class accuracy", "0.995", ""]
     assert "<li>clip score: there is no CLIP model</li>" in part
-    for line in ("n: 64", f"extractors.tiny.sha256: {'0123abcd' * 8}", "guidance: 4.0", "note: <b>bold</b>"):
+    for line in (
+        "measured: 2026-11-21T12:00:00",
+        "n: 64",
+        f"extractors.tiny.sha256: {'0123abcd' * 8}",
+        "guidance: 4.0",
+        "note: <b>bold</b>",
+    ):
         assert line in part
     assert "torn.json can't be read" in part and "Nothing has been measured of vae" in part
 

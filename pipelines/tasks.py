@@ -1,0 +1,355 @@
+"""Pictures from pictures by models that were trained for it: inpainting, super-resolution, restoration, segmentation.
+
+model = LatentDiffusion.from_pretrained("runs/scenes/upscale")
+upscale(model, Image.open("small.png"))[0].save("large.png")
+
+Pictures are PIL images, turned by their EXIF orientation, alpha laid on white, of any size: where the networks need
+other sides, edge pixels are repeated, and what is made is cropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import masks_to_boxes
+from torchvision.utils import draw_bounding_boxes
+
+from autoencoder.tiling import require_tile, windows
+from ldm import random
+from ldm.checks import require_int
+from ldm.degradations import noise_level
+from ldm.guidance import guided
+from ldm.masks import named, palette
+from ldm.paths import Grid, Level, Spacing
+from ldm.pictures import to_images, to_tensor
+from ldm.samplers import Denoise
+from ldm.tasks import Given, Inpaint, Restore, Segment, Task, Upscale, noised
+from pipelines.inputs import softened, to_mask, upright
+from pipelines.latent_diffusion import LatentDiffusion, noise_of, seeds_of
+
+Prompts = str | Sequence[str] | None
+
+
+@torch.no_grad()
+def made(
+    model: LatentDiffusion,
+    given: Given,
+    read: dict[str, Tensor],
+    seeds: Sequence[int],
+    *,
+    steps: int = 30,
+    sampler: str | None = None,
+    spacing: Spacing | None = None,
+    guidance: float = 1.0,
+    negative: str = "",
+    tile: int | None = None,
+) -> Tensor:
+    """Pixels [B,3,H,W] in about [-1, 1] that the model makes of what it is given.
+
+    Args:
+        given: as `ldm.tasks` has it, for B pictures, on the CPU.
+        read: their words, as `LatentDiffusion.read` gives them.
+        seeds: B; the i-th picture depends on its own alone.
+        tile: pixels: the U-Net and the decoder see tiles of this side, blended where they overlap.
+    """
+    given = {name: value.to(model.device) for name, value in given.items()}
+    shape = model.latent_shape(size_of(model.task, given))
+    noise = noise_of(seeds, shape, model.device)
+    sample, grid, start = model.sampler_for(sampler, steps, shape, spacing)
+    x = noise(-1) * start
+    image = model.image(given, lambda: noise(-2))
+
+    def told(part: Tensor) -> Denoise:
+        return model.guided(read, len(seeds), (shape[0], *part.shape[2:]), guidance, negative, part)
+
+    factor = model.autoencoder.config.factor
+    denoise = told(image) if tile is None else in_tiles(told, image, tile // factor)
+    return model.decode(sample(denoise, x, grid, noise=noise), tile)
+
+
+def size_of(task: Task | None, given: Given) -> tuple[int, int]:
+    """Width and height in pixels of what is made."""
+    height, width = given["picture"].shape[2:]
+    grows = task.factor if isinstance(task, Upscale) else 1
+    return width * grows, height * grows
+
+
+def in_tiles(told: Callable[[Tensor], Denoise], image: Tensor, side: int) -> Denoise:
+    """x_0 of large latents from tiles of `side`, of which neighbours share a quarter (Bar-Tal et al. 2023).
+
+    Args:
+        told: from part of `image` [B,C',h,w] to what makes x_0 there.
+    """
+    down, across = (windows(length, side, side // 4) for length in image.shape[2:])
+    parts = [
+        (
+            row.span,
+            column.span,
+            row.weights[:, None] * column.weights,
+            told(image[:, :, row.span, column.span]),
+        )
+        for row in down
+        for column in across
+    ]
+
+    def denoise(x: Tensor, level: Level) -> Tensor:
+        x0 = torch.zeros_like(x)
+        for rows, columns, weights, part in parts:
+            x0[:, :, rows, columns] += weights.to(x) * part(x[:, :, rows, columns].contiguous(), level)
+        return x0
+
+    return denoise
+
+
+def require_task(model: LatentDiffusion, kind: type[Task]) -> Any:
+    """The task of the model; ValueError if it was not trained for this one."""
+    if not isinstance(model.task, kind):
+        trained = f"to {model.task.kind}" if model.task else "to draw"
+        raise ValueError(f"this model was trained {trained} pictures, not to {kind.kind} them")
+    return model.task
+
+
+def padded(pixels: Tensor, multiple: int) -> Tensor:
+    """[3,H,W] => the same with edge pixels repeated on the right and below, until `multiple` divides the sides."""
+    right, below = (-side % multiple for side in (pixels.shape[2], pixels.shape[1]))
+    return F.pad(pixels[None], (0, right, 0, below), mode="replicate")[0]
+
+
+@torch.no_grad()
+def inpaint(
+    model: LatentDiffusion,
+    picture: Image.Image,
+    mask: Image.Image,
+    prompts: Prompts = None,
+    *,
+    classes: Prompts = None,
+    soft: int = 0,
+    steps: int = 30,
+    sampler: str | None = None,
+    spacing: Spacing | None = None,
+    guidance: float = 4.0,
+    negative: str = "",
+    n: int = 1,
+    seed: int | Sequence[int] = 0,
+) -> list[Image.Image]:
+    """What `editing.inpaint` does, by a model that was trained for it: it is told the hole and what surrounds it.
+
+    With hard edges, the result in the hole is that of stock `StableDiffusionInpaintPipeline` for the same seed.
+    """
+    require_task(model, Inpaint)
+    require_int("n", n, 1, 2**31)
+    read = model.read(prompts, n, classes)
+    count = len(next(iter(read.values()))) if read else n
+    hole = to_mask(mask, picture)
+    edge = softened(hole, soft)[0]
+    whole = to_tensor(upright(picture))
+    factor = model.autoencoder.config.factor
+    one = {"picture": padded(whole, factor), "mask": padded((edge > 0).float(), factor)}
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "sampler": sampler,
+        "guidance": guidance,
+        "negative": negative,
+    }
+    pixels = made(model, times(one, count), read, seeds_of(seed, count), **settings)
+    pixels = pixels[:, :, : whole.shape[1], : whole.shape[2]].cpu().clamp(-1, 1)
+    return to_images(pixels * edge + whole * (1 - edge))
+
+
+@torch.no_grad()
+def upscale(
+    model: LatentDiffusion,
+    picture: Image.Image,
+    prompt: str | None = None,
+    *,
+    noise: float = 0.0,
+    samples: int = 1,
+    steps: int = 30,
+    sampler: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    tile: int | None = None,
+) -> Image.Image:
+    """The picture as many times as large as the model was trained for.
+
+    Args:
+        noise: standard deviation, of pixels in [-1, 1], of noise that is added to the small picture and told: more
+            lets the model invent more, and hides JPEG blocks and grain. At most what it was trained with.
+        samples: drawn and averaged: more are nearer to the truth, and softer.
+        tile: pixels of the result: a side beyond it is made in tiles of that side, for less memory.
+
+    Raises:
+        ValueError: the model was not trained for it, or an argument is out of range.
+    """
+    task = require_task(model, Upscale)
+    if not 0 <= noise <= task.noise:
+        raise ValueError(
+            f"noise is {noise}, but must lie in [0, {task.noise}], which the model was trained with"
+        )
+    small = to_tensor(upright(picture))
+    read = model.read(prompt, samples)
+    factor = model.autoencoder.config.factor
+    if tile is not None:
+        require_tile(tile, None, factor)
+    one = noised(padded(small, max(1, factor // task.factor)), noise, random.stream(seed, "task", 0))
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "tile": tile}
+    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    return averaged(pixels, small.shape[2] * task.factor, small.shape[1] * task.factor)
+
+
+@torch.no_grad()
+def restore(
+    model: LatentDiffusion,
+    picture: Image.Image,
+    prompt: str | None = None,
+    *,
+    noise: float | None = None,
+    samples: int = 1,
+    steps: int = 30,
+    sampler: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> Image.Image:
+    """The picture without its damage: any that the model was trained to undo, or by any other model Gaussian noise.
+
+    Args:
+        prompt: words for the picture; a model that is only told nothing in particular can do without.
+        noise: for a model that was not trained to restore, the noise in the picture: standard deviation, of 255. By
+            default it is estimated.
+        samples: drawn and averaged: more are nearer to the truth, and softer.
+
+    Raises:
+        ValueError: the model was trained for something else, or an argument is out of range.
+    """
+    if model.task is None:
+        return denoised(model, picture, prompt, noise, steps, sampler, guidance, seed)
+    require_task(model, Restore)
+    if noise is not None:
+        raise ValueError(f"noise is {noise}, but this model sees for itself; leave it out")
+    whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
+    one = {"picture": padded(whole, model.autoencoder.config.factor)}
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    return averaged(pixels, whole.shape[2], whole.shape[1])
+
+
+def denoised(
+    model: LatentDiffusion,
+    picture: Image.Image,
+    prompt: str | None,
+    noise: float | None,
+    steps: int,
+    sampler: str | None,
+    guidance: float,
+    seed: int,
+) -> Image.Image:
+    """Sampling that begins at the level of the noise in the picture, which is measured in its latents.
+
+    How much they are noised is what as much noise again changes in them.
+    """
+    picture = upright(picture)
+    std = noise_level(picture) if noise is None else noise
+    whole = to_tensor(picture)
+    pixels = padded(whole, model.autoencoder.config.factor)[None].to(model.device)
+    grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
+    z = model.encode(pixels)
+    level = float((model.encode(pixels + std / 127.5 * grain) - z).square().mean().sqrt())
+    sample, grid, _ = model.sampler_for(sampler, steps, z.shape[1:])
+    first = int((grid.sigma / grid.alpha > level).sum())
+    if first == len(grid):
+        raise ValueError(
+            f"the noise is {std:.1f} of 255, less than the last of {steps} steps removes; raise steps"
+        )
+    rest = Grid(grid.t[first:], grid.alpha[first:], grid.sigma[first:])
+    if prompt is None:
+        null = model.null("", 1).sized(*pixels.shape[2:])
+        denoise = guided(model.denoiser(), null, None)
+    else:
+        denoise = model.guided(model.read(prompt, 1), 1, z.shape[1:], guidance)
+    noises = noise_of([seed], z.shape[1:], model.device)
+    made = model.decode(sample(denoise, rest.alpha[0] * z, rest, noise=noises))
+    return averaged(made, whole.shape[2], whole.shape[1])
+
+
+class Segmentation(NamedTuple):
+    """What each pixel shows."""
+
+    classes: tuple[str, ...]
+    """Their names; the first is for where there is nothing"""
+    numbers: np.ndarray
+    """[H,W] uint8, a class each"""
+    confidence: np.ndarray
+    """[H,W] float32 in (0, 1], the share of samples that say so"""
+
+    def boxes(self) -> dict[str, list[int]]:
+        """Left, top, right and bottom pixel of each class that is there, but the first."""
+        there = [number for number in np.unique(self.numbers).tolist() if number]
+        if not there:
+            return {}
+        masks = torch.stack([torch.from_numpy(self.numbers == number) for number in there])
+        boxes = masks_to_boxes(masks).int().tolist()
+        return {self.classes[number]: box for number, box in zip(there, boxes, strict=True)}
+
+    def over(self, picture: Image.Image) -> Image.Image:
+        """The boxes drawn over the picture, with names."""
+        pixels = torch.from_numpy(np.array(upright(picture))).permute(2, 0, 1)
+        boxes = self.boxes()
+        if boxes:
+            corners = torch.tensor([*boxes.values()])
+            pixels = draw_bounding_boxes(pixels, corners, labels=[*boxes], colors="red")
+        return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+    def picture(self) -> Image.Image:
+        """A palette picture whose values are the numbers, as masks are read for training."""
+        image = Image.fromarray(self.numbers, "P")
+        image.putpalette(palette(len(self.classes)).tobytes())
+        return image
+
+
+@torch.no_grad()
+def segment(
+    model: LatentDiffusion,
+    picture: Image.Image,
+    prompt: str | None = None,
+    *,
+    samples: int = 8,
+    steps: int = 20,
+    sampler: str | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+) -> Segmentation:
+    """The class that most of some samples give each pixel.
+
+    Raises:
+        ValueError: the model was not trained for it, or an argument is out of range.
+    """
+    task = require_task(model, Segment)
+    whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
+    one = {"picture": padded(whole, model.autoencoder.config.factor)}
+    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    return voted(pixels[:, :, : whole.shape[1], : whole.shape[2]], task.classes)
+
+
+def voted(pixels: Tensor, classes: tuple[str, ...]) -> Segmentation:
+    """Pictures of masks [B,3,H,W] in [-1, 1], samples of the same one, as the class that most of them say."""
+    votes = np.stack([named(np.asarray(image), len(classes)) for image in to_images(pixels)])
+    shares = np.stack([(votes == number).mean(0) for number in range(len(classes))])
+    return Segmentation(classes, shares.argmax(0).astype(np.uint8), shares.max(0).astype(np.float32))
+
+
+def averaged(pixels: Tensor, width: int, height: int) -> Image.Image:
+    """The mean of pictures [B,3,H,W], cropped to a size."""
+    return to_images(pixels[:, :, :height, :width].clamp(-1, 1).mean(0, keepdim=True))[0]
+
+
+def times(one: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """What one picture gives as a batch of n."""
+    require_int("samples", n, 1, 2**31)
+    return {name: value.expand(n, *value.shape) for name, value in one.items()}
