@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,12 +93,14 @@ def recipe() -> Shape:
 
 
 def unets(size: Shape) -> tuple[UNet, Any]:
-    """Ours, channels-last, and diffusers' as it comes; the same weights."""
+    """Ours, channels-last and on a GPU compiled, and diffusers' as it comes; the same weights."""
     torch.manual_seed(0)
     peer: Any = diffusers.UNet2DConditionModel(**size.unet, sample_size=size.latents[0])
     peer = peer.to(device())
     ours = UNet(UNetConfig(**size.unet, sample_size=size.latents[0])).to(device())
     ours.load_state_dict(peer.state_dict())
+    if device() == "cuda":
+        ours.compile(mode="max-autotune")
     return ours.to(memory_format=torch.channels_last), peer  # type: ignore[call-overload]
 
 
@@ -126,11 +127,6 @@ def hurried(peer: Any, dtype: torch.dtype = torch.float32) -> Any:
     if device() == "cuda":
         peer.compile(mode="max-autotune", fullgraph=True)
     return peer
-
-
-def compiled(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Ours on a GPU, with graphs."""
-    return torch.compile(network, mode="max-autotune") if device() == "cuda" else network
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
