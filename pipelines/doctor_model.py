@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -27,7 +26,7 @@ def doctor_model(where: str, prompt: str | None = None) -> None:
     model = LatentDiffusion.from_pretrained(where)
     for name, value in described(model).items():
         print(f"{name + ':':<16}{value}")
-    scan, _ = scan_half(model, partial(model, **told(model, prompt), progress=True))
+    scan, _ = scan_half(model, lambda plain: plain(**told(model, prompt), progress=True))
     print(f"{'largest value:':<16}{scan.largest:.3g} in {scan.where}")
     if not math.isfinite(scan.largest):
         raise UserError(f"{where} is not sound: what comes out of {scan.where} is not finite.")

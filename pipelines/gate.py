@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,13 @@ class HalfScan:
 
 
 def scan_half(
-    model: LatentDiffusion, draw: Callable[[], list[Image.Image]]
+    model: LatentDiffusion, draw: Callable[[LatentDiffusion], list[Image.Image]]
 ) -> tuple[HalfScan, list[Image.Image]]:
     """Draw in float32 and watch every module; also gives the pictures."""
+    plain = replace(model, precision="f32", fast=False, reuse=1)  # prepared networks call few of their modules
     networks = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.conditioner}
     with largest_activations(**networks) as seen:
-        images = draw()
+        images = draw(plain)
     for part, network in networks.items():
         for name, weight in network.named_parameters():
             top = float(weight.detach().abs().max())

@@ -162,7 +162,7 @@ def publish(what: Publication) -> str:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
         release = scratch / "release" if what.out is None else emptied(what.out)
         print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
-        scan, images = scan_half(model, partial(request.drawn_by, model, progress=True))
+        scan, images = scan_half(model, partial(request.drawn_by, progress=True))
         if what.out:
             contact_sheet(images, request.prompts).save(f"{what.out}-samples.png")
         if what.half and not scan.safe:

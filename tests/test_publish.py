@@ -184,13 +184,18 @@ def test_models_without_captions_open_in_stock_diffusers(
 
 def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path) -> None:
     model = LatentDiffusion.from_pretrained(chain / "ldm")
-    draw = partial(model, list(PROMPTS), steps=2)
+    draw = partial(LatentDiffusion.__call__, prompts=list(PROMPTS), steps=2)
     before, _ = gate.scan_half(model, draw)
+    norm = model.unet.up_blocks[0].resnets[0].norm1
+    with torch.no_grad():
+        norm.weight.mul_(5e4 / norm.weight.abs().max())
+    inside, _ = gate.scan_half(model, draw)
     with torch.no_grad():
         model.unet.conv_out.weight.zero_()
         model.unet.conv_out.bias.fill_(-7e4)
     after, _ = gate.scan_half(model, draw)
     assert before.safe and not after.safe and after.largest >= 7e4
+    assert not inside.safe and inside.where.startswith("unet.up_blocks.0.resnets.0"), "no weight is as large"
 
 
 def test_pictures_that_differ_stop_it() -> None:
