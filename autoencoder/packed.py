@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from autoencoder.layers import ResnetBlock, folded, unfolded
 
@@ -28,7 +29,7 @@ class Linear:
     ) -> None:
         self.weight = weight.detach().flatten(1).to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.packed = packs(dtype) if packed is None else packed
+        self.packed = packable(weight, dtype) if packed is None else packed
         if self.packed:
             self.weight = ONEDNN._reorder_linear_weight(self.weight.contiguous())
 
@@ -61,7 +62,7 @@ class Conv:
         self.dtype, self.weight = dtype, layer.weight.detach()  # the layer's own: no copy but the packed one
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
-        self.packed = packs(dtype) if packed is None else packed
+        self.packed = packable(layer.weight, dtype) if packed is None else packed
         if not self.packed:
             self.weight = self._laid_out()
         self._for: dict[torch.Size, Tensor] = {}
@@ -168,6 +169,11 @@ def maps(x: Tensor, like: Tensor) -> Tensor:
     return x.unflatten(1, like.shape[-2:]).permute(0, 3, 1, 2)
 
 
+def packable(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a weight is where oneDNN's fused operators are, and they can be used."""
+    return weight.device.type == "cpu" and packs(dtype)
+
+
 @cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's fused operators are there and right in a precision; if not, says so, once."""
@@ -196,8 +202,9 @@ def _largest_error(dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     x, rest, weight = (torch.randn(2, 16, 4, 4, generator=generator) for _ in range(3))
     x, rest = (part.to(dtype, memory_format=torch.channels_last) for part in (x, rest))
-    layer = nn.Conv2d(16, 16, 3, padding=1)
-    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / 12)
+    layer = skip_init(nn.Conv2d, 16, 16, 3, padding=1)  # which draws nothing from the person's random numbers
+    for part in (layer.weight, layer.bias):
+        part.copy_(torch.randn(part.shape, generator=generator) / 12)
     weight = weight[:1].reshape(16, 16) / 4
     made = []
     for packed in (True, False):

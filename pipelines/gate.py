@@ -158,10 +158,13 @@ class HalfScan:
 def scan_half(
     model: LatentDiffusion, draw: Callable[[LatentDiffusion], list[Image.Image]]
 ) -> tuple[HalfScan, list[Image.Image]]:
-    """Have `draw` draw with the networks as they are, in float32, and watch every module; also gives the pictures."""
+    """Draw in float32 and watch every module; also gives the pictures."""
+    plain = replace(
+        model, precision="f32", fast=False, reuse=1
+    )  # prepared networks call few of their modules
     networks = {"unet": model.unet, "vae": model.autoencoder, "text_encoder": model.conditioner}
     with largest_activations(**networks) as seen:
-        images = draw(replace(model, precision="f32", fast=False))
+        images = draw(plain)
     for part, network in networks.items():
         for name, weight in network.named_parameters():
             top = float(weight.detach().abs().max())
