@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -142,6 +143,9 @@ def test_editing_hands_holes_to_a_model_that_was_trained_for_them(runs: Path, pi
     model = LatentDiffusion.from_pretrained(runs / "inpaint")
     one, other = (f(model, picture, MASK, PROMPT, steps=2, soft=2) for f in (edited, inpaint))
     assert (array(one[0]) == array(other[0])).all()
+    for setting in ({"spacing": "karras"}, {"sampler": "ddpm"}, {"seed": 1}, {"guidance": 1.0}):
+        other = edited(model, picture, MASK, PROMPT, steps=2, soft=2, **setting)
+        assert (array(one[0]) != array(other[0])).any(), f"{setting} is not used"
     wide = outpaint(model, picture, (24, 16), PROMPT, steps=2)[0]
     assert (array(wide)[:, 4:20] == array(picture)).all()
     with pytest.raises(ValueError, match="resample is 2"):
@@ -159,13 +163,15 @@ def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, pi
         (lambda: upscale(large, picture, noise=0.2), r"noise is 0.2, but must lie in \[0, 0.1\]"),
         (lambda: upscale(large, picture, "a pear"), "prompts are given, but this model draws without"),
         (lambda: upscale(large, picture, tile=7), "tile"),
+        (lambda: restore(plain, picture, samples=2), "samples is 2, which needs a model"),
+        (lambda: restore(plain, picture, guidance=2.0), "no prompt to be guided by"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ask()
 
 
 def test_a_plain_model_begins_where_the_noise_is(chain: Path, picture: Image.Image) -> None:
-    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    model = replace(LatentDiffusion.from_pretrained(chain / "ldm"), fast=False)  # so that the U-Net is called
     spoiled = noisy(picture, 60, stream(0, "test", 0))
     calls = {}
     for noise in (20, 60, None):
