@@ -198,6 +198,15 @@ def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path)
     assert not inside.safe and inside.where.startswith("unet.up_blocks.0.resnets.0"), "no weight is as large"
 
 
+def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SECONDS", 0.1)
+    request = gate.Request(prompts=("x",), count=1)
+    with pytest.raises(
+        UserError, match=r"did not draw 1 pictures within 0.1 seconds, so nothing was published"
+    ):
+        gate.drawn_by_stock(tmp_path, "StableDiffusionPipeline", request, tmp_path)
+
+
 def test_pictures_that_differ_stop_it() -> None:
     one, other = (Image.new("RGB", (4, 4), (grey, 0, 0)) for grey in (100, 103))
     assert gate.require_same([one], [one]) == 0
@@ -241,6 +250,9 @@ def test_bad_requests_are_one_sentence(
     [
         (["nowhere", NAME], "no finished run"),
         (["{ldm}", "no-namespace"], "no-namespace is no name on the hub"),
+        (["{ldm}", "somebody/früchte"], "somebody/früchte is no name on the hub"),
+        (["{ldm}", "somebody/fruit-"], "somebody/fruit- is no name on the hub"),
+        (["{ldm}", "somebody/red--fruit"], "somebody/red--fruit is no name on the hub"),
     ],
 )
 def test_bad_names_are_one_sentence(chain: Path, arguments: list[str], message: str, capsys) -> None:
