@@ -182,7 +182,12 @@ def test_without_the_operators_it_says_so_once(fault: str, monkeypatch: pytest.M
 def test_weights_elsewhere_are_not_packed_for_the_cpu() -> None:
     """As with `reuse` on a GPU; the meta device stands for it."""
     layers = Prepared(unet("sd15").to("meta"), reuse=2)
-    held = [layers.conv_in, layers.conv_out, layers.middle.resnets[0].conv1, layers.up[0].upsamplers[0][0].conv]
+    held = [
+        layers.conv_in,
+        layers.conv_out,
+        layers.middle.resnets[0].conv1,
+        layers.up[0].upsamplers[0][0].conv,
+    ]
     pixels = layers.middle.attentions[0]
     held += [pixels.proj_in, pixels.blocks[0].first.qkv, pixels.blocks[0].second.to_q, pixels.blocks[0].gate]
     assert not any(layer.packed for layer in held)
