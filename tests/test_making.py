@@ -19,6 +19,7 @@ from ldm.paths import Level
 from ldm.random import stream
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
+from pipelines.doctor_model import doctor_model
 from pipelines.editing import image_to_image, outpaint
 from pipelines.editing import inpaint as edited
 from pipelines.publish import SHIPPED
@@ -104,6 +105,13 @@ def test_the_shipped_pipeline_makes_the_same(
     assert abs(array(ours) - array(theirs)).max() <= 1
     with pytest.raises(ValueError, match="The task of this model is"):
         stock(num_inference_steps=2)
+
+
+def test_the_doctor_looks_at_models_of_every_task(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in KINDS:
+        doctor_model(str(runs / name))
+        said = capsys.readouterr().out
+        assert f"task:           {name}" in said and "float16:        safe" in said
 
 
 # --- properties ---------------------------------------------------------------------------------------------------
