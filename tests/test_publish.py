@@ -17,6 +17,7 @@ import train_ldm
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion, gate
+from pipelines.card import cell
 from pipelines.cli import main as ldm
 from pipelines.memorisation import find_copies
 from pipelines.publish import Publication, publish
@@ -127,6 +128,10 @@ def test_the_card_is_complete_and_says_nothing_of_this_machine(published, chain:
     headings = re.findall(r"^## (.*)$", text, re.M)
     assert headings[:3] == ["Samples", "Use", "Training data"] and "Limits" in headings
     assert all(f"\n\n## {heading}\n\n" in text for heading in headings)
+
+
+def test_captions_do_not_break_the_tables_of_the_card() -> None:
+    assert cell("a | b\n[c]") == r"a \| b \[c\]" and cell("") == ""
 
 
 def test_a_dry_run_needs_no_hub_and_lists_what_would_go(chain: Path, tmp_path: Path, capsys) -> None:
