@@ -42,6 +42,8 @@ def main() -> None:
     options = reader.parse_args()
     if options.device not in (None, device()):
         reader.error(f"--device is {options.device}, but PyTorch runs on {device()} here")
+    if options.json and not options.json.absolute().parent.is_dir():
+        reader.error(f"--json is {options.json}, but there is no folder {options.json.parent}")
     found: list[Row] = []
     print(HEADER)
     for cases in ROWS:
@@ -50,6 +52,8 @@ def main() -> None:
                 found.append(case.measure(QUICK if options.quick else FULL))
                 tqdm.write(line(found[-1]))
                 gc.collect()
+    if not found:
+        reader.error(f"no row's name holds {options.only!r}, or only long ones' do, which --quick leaves out")
     if options.json:
         rows = [row.as_dict() for row in found]
         write_text(options.json, json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

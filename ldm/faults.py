@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ def explain(problem: BaseException) -> str | None:
         )
     if text.startswith("DataLoader worker") or text.startswith("DataLoader timed out"):
         return f"a process that prepares batches is gone ({text[:200]}); lower workers if memory was short; {GO_ON}"
-    if name.startswith("Dist") or "gloo" in text or "NCCL" in text:
+    if isinstance(problem, RuntimeError) and re.search(r"^Dist|\bgloo\b|NCCL", f"{name} {text}"):
         return f"another process of this run died or hangs ({text[:200]}); its own message says why; {GO_ON}"
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -42,11 +43,11 @@ The weights here are averages over the training (exponential moving average, dec
 
 Unselected: one picture for each prompt, {{ request.steps }} steps, guidance {{ request.guidance }}, seeds as given.
 
-| {% for prompt, seed, file in samples %}![{{ prompt or "drawn" }}]({{ file }}) | {% endfor %}
+| {% for prompt, seed, file in samples %}![{{ prompt | cell or "drawn" }}]({{ file }}) | {% endfor %}
 
 |{% for _ in samples %}---|{% endfor %}
 
-| {% for prompt, seed, file in samples %}{{ prompt }} (seed {{ seed }}) | {% endfor %}
+| {% for prompt, seed, file in samples %}{{ prompt | cell }} (seed {{ seed }}) | {% endfor %}
 
 
 {% else %}
@@ -185,6 +186,7 @@ def model_card(facts: Facts) -> str:
     taken = [text[key] for key in ("encoder", "encoder_2") if text.get(key)]
     encoder = " and ".join(map(leaf, taken)) if text.get("weights", "pretrained") == "pretrained" else ""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["cell"] = cell
     body = environment.from_string(BODY).render(
         {
             **vars(facts),
@@ -207,6 +209,11 @@ def model_card(facts: Facts) -> str:
         }
     )
     return f"---\n{header(facts)}\n---\n{body}"
+
+
+def cell(text: str) -> str:
+    """Text for a cell of a table, or of a link in one: on one line, and ending neither."""
+    return re.sub(r"([\\|\[\]])", r"\\\1", " ".join(text.split()))
 
 
 def header(facts: Facts) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ldm.config import UserError
 from pipelines.cli_draw import (
     MODEL,
     guidance,
@@ -163,6 +164,10 @@ def run_interpolate(options: argparse.Namespace) -> None:
     from pipelines.inversion import interpolate
 
     ends = {name: getattr(options, name) for name in ("first", "second")}
+    if options.size and all(end.isdecimal() for end in ends.values()):
+        raise UserError(
+            "--size is given, but both ends are seeds: there is no picture to scale; leave it out."
+        )
     first, second = (int(end) if end.isdecimal() else picture_of(options, Path(end)) for end in ends.values())
     model, checker = opened(options)
     how = inverted(options) | {"to": options.to}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
+from PIL import Image
 from torch import nn
 
 from ldm.conditioning import ClassAndText, labels_of, text_of
 from ldm.config import UserError
+from ldm.pictures import to_images
+from ldm.tasks import spoiled
 from pipelines.gate import HALF, scan_half
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.schedulers import scheduler_config
+from pipelines.tasks import made
 
 
 def doctor_model(where: str, prompt: str | None = None) -> None:
@@ -26,7 +31,7 @@ def doctor_model(where: str, prompt: str | None = None) -> None:
     model = LatentDiffusion.from_pretrained(where)
     for name, value in described(model).items():
         print(f"{name + ':':<16}{value}")
-    scan, _ = scan_half(model, lambda plain: plain(**told(model, prompt), progress=True))
+    scan, _ = scan_half(model, partial(drawn, prompt=prompt))
     print(f"{'largest value:':<16}{scan.largest:.3g} in {scan.where}")
     if not math.isfinite(scan.largest):
         raise UserError(f"{where} is not sound: what comes out of {scan.where} is not finite.")
@@ -48,6 +53,8 @@ def described(model: LatentDiffusion) -> dict[str, str]:
     if labels := labels_of(model.conditioner):
         about["classes"] = f"{len(labels.classes)}: {', '.join(labels.classes[:5])} ..."
     scheduler = scheduler_config(model.path, model.prediction.name, model.sampler, model.spacing)
+    if model.task:
+        about["task"] = model.task.kind
     return about | {
         "path": str(model.path),
         "prediction": model.prediction.name,
@@ -57,6 +64,16 @@ def described(model: LatentDiffusion) -> dict[str, str]:
 
 def weights(network: nn.Module) -> str:
     return f"{sum(p.numel() for p in network.parameters()):,} weights"
+
+
+def drawn(model: LatentDiffusion, prompt: str | None) -> list[Image.Image]:
+    """A picture; of a model whose task begins with one, what it makes of a grey one."""
+    say = told(model, prompt)
+    if model.task is None:
+        return model(**say, progress=True)
+    _, height, width = (side * model.autoencoder.config.factor for side in model.latent_shape(None))
+    given = spoiled(model.task, [Image.new("RGB", (width, height), "grey")], 0, [0])
+    return to_images(made(model, given, model.read(say.get("prompts"), 1, say.get("classes")), [0]))
 
 
 def told(model: LatentDiffusion, prompt: str | None) -> dict[str, Any]:

@@ -86,14 +86,20 @@ def drawn_by_stock(
     environment = {k: v for k, v in os.environ.items() if not any(word in k.upper() for word in unsaid)}
     environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPATH", None)
-    child = subprocess.run(
-        [sys.executable, "-s", str(DRAW), str(out / "request.json")],
-        cwd=out,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    try:
+        child = subprocess.run(
+            [sys.executable, "-s", str(DRAW), str(out / "request.json")],
+            cwd=out,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"Stock diffusers did not draw {request.count} pictures within {SECONDS:,} seconds, so nothing was "
+            "published; draw fewer, with --prompt, or on a faster machine."
+        ) from None
     if child.returncode:
         lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
         raise UserError(f"Stock diffusers can't draw with this model, so it was not published: {lines[-1]}")

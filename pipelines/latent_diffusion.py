@@ -184,6 +184,10 @@ class LatentDiffusion:
         """
         if self.task is not None and image is None:
             raise ValueError(f"this model was trained to {self.task.kind} pictures, and can do nothing else")
+        if negative and (guidance.scale if isinstance(guidance, Guidance) else guidance) == 1:
+            raise ValueError(
+                f"negative is {negative!r:.60}, but guidance is 1: none; raise it, or leave this out"
+            )
         height, width = (side * self.autoencoder.config.factor for side in shape[1:])
         cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
         null = weak.as_weak(self, read, negative) if weak else self.null(negative, n)

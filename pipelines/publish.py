@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from torch import nn
 
@@ -84,7 +86,11 @@ class Publication:
     """Of the samples; by default those that the recipe shows, or the first classes or captions"""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", self.name):
+        try:
+            validate_repo_id(self.name)
+        except HFValidationError as problem:
+            raise UserError(f"{self.name} is no name on the hub ({problem}); give NAMESPACE/NAME.") from None
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.name, re.ASCII):
             raise UserError(f"{self.name} is no name on the hub; give NAMESPACE/NAME.")
         require_license(self.license)
 
@@ -208,8 +214,12 @@ def publish(what: Publication) -> str:
 
 
 def checked(what: Publication) -> str:
-    """The licence's text; UserError for what would else fail after all has been drawn."""
+    """The licence's text; UserError for what would else fail, or be found useless, after all has been drawn."""
     require_diffusers()
+    if what.credentials and not (what.checker or what.looked_at):
+        raise UserError(
+            "--credentials sign samples, of which none are published without --checker or --looked-at."
+        )
     return license_text(what.license, what.license_file, what.name.split("/")[0])
 
 

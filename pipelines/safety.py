@@ -78,8 +78,8 @@ class ClipSafetyChecker:
             wanted = ("concept_embeds", "special_care_embeds")
             if any(key not in own or f"{key}_weights" not in own for key in wanted):
                 raise ValueError("the embeddings of the concepts are missing")
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as problem:
-            reason = str(problem).strip().splitlines()[0]
+        except Exception as problem:  # transformers and safetensors have many for a damaged file
+            reason = " ".join(str(problem).split())[:200]
             raise UserError(f"{source} is no safety checker in safetensors: {reason}") from None
         return cls(network, own, folder.name if folder == Path(source).expanduser() else str(source))
 

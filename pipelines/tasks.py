@@ -154,6 +154,7 @@ def inpaint(
     settings: dict[str, Any] = {
         "steps": steps,
         "sampler": sampler,
+        "spacing": spacing,
         "guidance": guidance,
         "negative": negative,
     }
@@ -222,12 +223,18 @@ def restore(
         prompt: words for the picture; a model that is only told nothing in particular can do without.
         noise: for a model that was not trained to restore, the noise in the picture: standard deviation, of 255. By
             default it is estimated.
-        samples: drawn and averaged: more are nearer to the truth, and softer.
+        samples: drawn and averaged: more are nearer to the truth, and softer; only of a model trained to restore.
 
     Raises:
-        ValueError: the model was trained for something else, or an argument is out of range.
+        ValueError: the model was trained for something else, or an argument is out of range or without effect.
     """
     if model.task is None:
+        if samples != 1:
+            raise ValueError(
+                f"samples is {samples}, which needs a model that was trained to restore; leave it out"
+            )
+        if guidance != 1 and prompt is None:
+            raise ValueError(f"guidance is {guidance}, but there is no prompt to be guided by; give one")
         return denoised(model, picture, prompt, noise, steps, sampler, guidance, seed)
     require_task(model, Restore)
     if noise is not None:

@@ -189,6 +189,7 @@ def test_what_is_no_prompt_is_refused(
         ({"negative": None}, TypeError, "negative is None"),
         ({"negative": "\udcff"}, ValueError, "negative is no text"),
         ({"classes": "circle"}, ValueError, "not told both"),
+        ({"negative": "a star", "guidance": 1.0}, ValueError, "guidance is 1: none"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

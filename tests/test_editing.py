@@ -264,6 +264,7 @@ def test_editing_from_the_command_line(
         (["vary", model, drawn, PROMPT, "--amount", "2"], 1, "amount is 2.0"),
         (["vary", model, drawn, PROMPT, "more"], 2, "unrecognized arguments: more"),
         (["interpolate", model, "1", f"{out}/missing.png", PROMPT], 1, "can't be opened"),
+        (["interpolate", model, "1", "2", PROMPT, "--size", "16x16"], 1, "no picture to scale"),
     ]:
         with pytest.raises(SystemExit) as ended:
             ldm([*words, "--out", f"{out}/bad"])

@@ -320,6 +320,10 @@ def test_out_of_memory_says_what_to_lower(problem: Exception, words: str) -> Non
 
 def test_faults_of_our_own_are_not_explained_away() -> None:
     assert explain(RuntimeError("shape mismatch")) is None
+    assert explain(FileNotFoundError("igloo/NCCL.png is not there")) is None
+    assert explain(RuntimeError("igloos.png")) is None
+    reset = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
+    assert "another process" in (explain(RuntimeError(reset)) or "")
 
 
 def test_memory_that_runs_out_is_one_sentence(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ldm.paths import Level
 from ldm.random import stream
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
+from pipelines.doctor_model import doctor_model
 from pipelines.editing import image_to_image, outpaint
 from pipelines.editing import inpaint as edited
 from pipelines.publish import SHIPPED
@@ -106,6 +107,13 @@ def test_the_shipped_pipeline_makes_the_same(
         stock(num_inference_steps=2)
 
 
+def test_the_doctor_looks_at_models_of_every_task(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in KINDS:
+        doctor_model(str(runs / name))
+        said = capsys.readouterr().out
+        assert f"task:           {name}" in said and "float16:        safe" in said
+
+
 # --- properties ---------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +151,9 @@ def test_editing_hands_holes_to_a_model_that_was_trained_for_them(runs: Path, pi
     model = LatentDiffusion.from_pretrained(runs / "inpaint")
     one, other = (f(model, picture, MASK, PROMPT, steps=2, soft=2) for f in (edited, inpaint))
     assert (array(one[0]) == array(other[0])).all()
+    for setting in ({"spacing": "karras"}, {"sampler": "ddpm"}, {"seed": 1}, {"guidance": 1.0}):
+        other = edited(model, picture, MASK, PROMPT, steps=2, soft=2, **setting)
+        assert (array(one[0]) != array(other[0])).any(), f"{setting} is not used"
     wide = outpaint(model, picture, (24, 16), PROMPT, steps=2)[0]
     assert (array(wide)[:, 4:20] == array(picture)).all()
     with pytest.raises(ValueError, match="resample is 2"):
@@ -160,13 +171,15 @@ def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, pi
         (lambda: upscale(large, picture, noise=0.2), r"noise is 0.2, but must lie in \[0, 0.1\]"),
         (lambda: upscale(large, picture, "a pear"), "prompts are given, but this model draws without"),
         (lambda: upscale(large, picture, tile=7), "tile"),
+        (lambda: restore(plain, picture, samples=2), "samples is 2, which needs a model"),
+        (lambda: restore(plain, picture, guidance=2.0), "no prompt to be guided by"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ask()
 
 
 def test_a_plain_model_begins_where_the_noise_is(chain: Path, picture: Image.Image) -> None:
-    model = replace(LatentDiffusion.from_pretrained(chain / "ldm"), fast=False)  # its calls are counted
+    model = replace(LatentDiffusion.from_pretrained(chain / "ldm"), fast=False)  # so that the U-Net is called
     spoiled = noisy(picture, 60, stream(0, "test", 0))
     calls = {}
     for noise in (20, 60, None):

@@ -16,6 +16,7 @@ import train_ldm
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion, gate
+from pipelines.card import cell
 from pipelines.cli import main as ldm
 from pipelines.memorisation import find_copies
 from pipelines.publish import Publication, publish
@@ -128,6 +129,10 @@ def test_the_card_is_complete_and_says_nothing_of_this_machine(published, chain:
     assert all(f"\n\n## {heading}\n\n" in text for heading in headings)
 
 
+def test_captions_do_not_break_the_tables_of_the_card() -> None:
+    assert cell("a | b\n[c]") == r"a \| b \[c\]" and cell("") == ""
+
+
 def test_a_dry_run_needs_no_hub_and_lists_what_would_go(chain: Path, tmp_path: Path, capsys) -> None:
     assert (
         publish(Publication(model=chain / "ldm", **BASE, out=tmp_path / "out", half=False, shard="20KB"))
@@ -194,6 +199,15 @@ def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path)
     assert before.safe and not after.safe and after.where == "unet.conv_in"
 
 
+def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "SECONDS", 0.1)
+    request = gate.Request(prompts=("x",), count=1)
+    with pytest.raises(
+        UserError, match=r"did not draw 1 pictures within 0.1 seconds, so nothing was published"
+    ):
+        gate.drawn_by_stock(tmp_path, "StableDiffusionPipeline", request, tmp_path)
+
+
 def test_pictures_that_differ_stop_it() -> None:
     one, other = (Image.new("RGB", (4, 4), (grey, 0, 0)) for grey in (100, 103))
     assert gate.require_same([one], [one]) == 0
@@ -237,6 +251,9 @@ def test_bad_requests_are_one_sentence(
     [
         (["nowhere", NAME], "no finished run"),
         (["{ldm}", "no-namespace"], "no-namespace is no name on the hub"),
+        (["{ldm}", "somebody/früchte"], "somebody/früchte is no name on the hub"),
+        (["{ldm}", "somebody/fruit-"], "somebody/fruit- is no name on the hub"),
+        (["{ldm}", "somebody/red--fruit"], "somebody/red--fruit is no name on the hub"),
     ],
 )
 def test_bad_names_are_one_sentence(chain: Path, arguments: list[str], message: str, capsys) -> None:

@@ -75,6 +75,25 @@ def test_a_folder_without_the_embeddings_is_no_checker(stock, tmp_path: Path) ->
         ClipSafetyChecker.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model.safetensors", "no tensors at all"),
+        ("config.json", '{"model_type": "clip", "projection_dim": "x"}'),
+        ("config.json", '{"model_type": "clip", "vision_config": 3}'),
+        ("config.json", '{"model_type": "clip", "vision_config": {"num_attention_heads": 0}}'),
+        ("config.json", "[]"),
+        ("config.json", "{"),
+    ],
+)
+def test_a_damaged_checker_is_one_sentence(stock, tmp_path: Path, file: str, text: str) -> None:
+    for path in stock[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match="no safety checker"):
+        ClipSafetyChecker.from_pretrained(tmp_path)
+
+
 def test_without_a_checker_or_eyes_no_samples_are_shown(stock, tmp_path: Path) -> None:
     def asked(**more: object) -> Publication:
         return Publication(model=tmp_path, name="a/b", license="mit", **more)
