@@ -61,8 +61,6 @@ class LatentDiffusion:
     precision: Precision = "f32"
     fast: bool = True
     reuse: int = 1
-    task: Task | None = None
-    """If it begins with a picture: `pipelines.tasks` is what such a model is for."""
 
     def __post_init__(self) -> None:
         require_int("reuse", self.reuse, 1, 2**31)
