@@ -95,6 +95,9 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
+        if file.absolute() == Path(f"{options.out / file.stem}.png").absolute():
+            raise UserError(f"The result would take the place of {file}; choose another folder for --out.")
+    for file in options.pictures:
         yield read_picture(file), options.out / file.stem
 
 
