@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL
+from pipelines.cli_draw import MODEL, spare
 from pipelines.safety import provenance
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
+        spare(file, options.out / f"{file.stem}.png")
         yield read_picture(file), options.out / file.stem
 
 

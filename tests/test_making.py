@@ -275,6 +275,7 @@ def test_the_command_line_has_files_in_and_out(
             ["upscale", str(runs / "upscale"), str(tmp_path / "no.png"), "--out", str(tmp_path / "x")],
             "no.png",
         ),
+        (["restore", str(runs / "restore"), files[0], "--out", str(tmp_path)], "would be replaced"),
     ):
         with pytest.raises(SystemExit) as stopped:
             ldm(words)
