@@ -40,10 +40,10 @@ from pipelines.gate import (
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.licenses import license_text, require_license
 from pipelines.memorisation import Copies, find_copies
-from pipelines.release import SHARD, listed, search_secrets, write_release
+from pipelines.release import ALLOWED, SHARD, listed, search_secrets, write_release
 from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
 from pipelines.sheets import contact_sheet, side_by_side
-from pipelines.upload import HubSession, token_of_person, upload
+from pipelines.upload import MANIFEST, HubSession, token_of_person, upload
 
 SHIPPED = Path(__file__).parent / "shipped" / "pipeline.py"
 
@@ -273,7 +273,8 @@ def send(what: Publication, release: Path, token: str) -> str:
 def emptied(out: Path) -> Path:
     """A new folder, or one that holds an earlier release."""
     if out.exists() and any(out.iterdir()):
-        if not (out / "manifest.json").is_file():
+        files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+        if MANIFEST not in files or not all(map(ALLOWED.fullmatch, files)):
             raise UserError(f"{out} holds something else than a release; give an empty folder with --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from pipelines import LatentDiffusion, gate
 from pipelines.card import cell
 from pipelines.cli import main as ldm
 from pipelines.memorisation import find_copies
-from pipelines.publish import Publication, publish
+from pipelines.publish import Publication, emptied, publish
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
 from tests.support import ROOT, TOY, ran
@@ -212,6 +212,18 @@ def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch
         gate.drawn_by_stock(tmp_path, "StableDiffusionPipeline", request, tmp_path)
 
 
+def test_only_an_earlier_release_is_removed(tmp_path: Path) -> None:
+    for name in ("manifest.json", "samples/00.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds something else than a release"):
+        emptied(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "thesis.tex").unlink()
+    assert not [*emptied(tmp_path).iterdir()]
+
+
 def test_pictures_that_differ_stop_it() -> None:
     one, other = (Image.new("RGB", (4, 4), (grey, 0, 0)) for grey in (100, 103))
     assert gate.require_same([one], [one]) == 0
@@ -300,6 +312,8 @@ PLANTED = [
     "password: " + "correct-horse",
     "api_key=" + "abcdef123456",
     "/home/" + "alice/pictures",
+    "/Volumes/" + "Photos",
+    "/kaggle/" + "input/pictures",
     "wJalrXUtnFEMI7K7MDENGbPxRfi" + "CYEXAMPLEKEY12345",
     "C:\\Users\\" + "alice",
 ]
