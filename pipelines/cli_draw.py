@@ -137,10 +137,18 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     for file in [Path(one) for one in asked if one] + getattr(options, "pictures", []):
         if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
             spare(file, options.out / file.name)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make(options.out)
     checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
     return replace(model, precision=options.precision, reuse=options.reuse), checker
+
+
+def make(out: Path) -> None:
+    """Make the folder for what is drawn; UserError if it can't be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out is {out}, which can't be made a folder: {problem.strerror}.") from None
 
 
 def spare(read: Path, written: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL, spare
+from pipelines.cli_draw import MODEL, make, spare
 from pipelines.safety import provenance
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def opened(options: argparse.Namespace) -> LatentDiffusion:
     """The model, on the best device; the folder for the results is made first, so that no work is lost."""
     from pipelines.latent_diffusion import LatentDiffusion, best_device
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    make(options.out)
     return LatentDiffusion.from_pretrained(options.model).to(best_device())
 
 
