@@ -207,3 +207,5 @@ SAMPLERS: dict[str, Sampler] = {
     "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
     "unipc": unipc,
 }
+WITH_ETA = {"ddim": ddim, "euler": ddim, "dpmpp_2m": dpmpp_2m}
+"""Those whose share of renewed noise is open"""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from PIL import Image, ImageChops, ImageDraw
 from torch import Tensor
 
 from ldm import random
-from ldm.cache import LatentCache
 from ldm.conditioning import Words
 from ldm.config import plain
 from ldm.degradations import blurred, compressed, noisy, smaller
 from ldm.pictures import to_images, to_tensor
-from ldm.sampling import Pixels
+
+if TYPE_CHECKING:  # drawing needs neither data nor caches
+    from ldm.cache import LatentCache
+    from ldm.sampling import Pixels
 
 TaskName = Literal["text", "class", "unconditional", "inpaint", "upscale", "restore", "segment"]
 WORDS: dict[str, Words] = {"text": "text", "class": "class", "unconditional": "none", "inpaint": "text"}

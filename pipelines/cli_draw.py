@@ -19,6 +19,7 @@ from pipelines.credentials import credentials_of, credentials_option
 from pipelines.safety import SafetyChecker, provenance
 
 if TYPE_CHECKING:
+    from ldm.guidance import Guidance
     from pipelines.latent_diffusion import LatentDiffusion
     from pipelines.record import Record
 
@@ -35,6 +36,8 @@ def add_draw(verbs: Any) -> None:
     draw.add_argument("--batch", type=int, default=16, help="pictures drawn together (default 16)")
     tile = "decode pictures larger than N pixels in tiles of N, for less memory"
     draw.add_argument("--tile", type=int, metavar="N", help=tile)
+    eta = "share of the noise that ddim, euler or dpmpp_2m renew in each step (default 0)"
+    draw.add_argument("--eta", type=float, metavar="X", help=eta)
     draw.add_argument(
         "--columns", type=int, metavar="N", help="of sheet.png; by default about as many as rows"
     )
@@ -73,6 +76,14 @@ def sampling_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument(
         "--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)"
     )
+    help = "guide only where LOW < sigma / alpha <= HIGH, such as 0.3 3: faster, more variety"
+    reader.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
+    help = "share of the guided output brought back to its usual deviation, such as 0.7, against glare"
+    reader.add_argument("--rescale", type=float, metavar="X", help=help)
+    help = "leave out what only raises contrast (adaptive projected guidance), for high scales"
+    reader.add_argument("--project", action="store_true", help=help)
+    help = "latents beyond X deviations are pulled back (dynamic thresholding), such as 4"
+    reader.add_argument("--threshold", type=float, metavar="X", help=help)
     seed_option(reader)
 
 
@@ -159,8 +170,27 @@ def spare(read: Path, written: Path) -> None:
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:
     """The settings that the verbs with prompts share, as the functions take them."""
-    names = ("steps", "sampler", "spacing", "guidance", "negative", "n", "seed")
-    return {name: getattr(options, name) for name in names}
+    names = ("steps", "sampler", "spacing", "negative", "n", "seed")
+    return {name: getattr(options, name) for name in names} | {"guidance": guidance(options)}
+
+
+def guidance(options: argparse.Namespace) -> float | Guidance:
+    """A plain scale, or more where it is asked for; UserError if there is nothing to apply it to."""
+    from ldm.guidance import Guidance, Projection, Threshold
+
+    asked: dict[str, Any] = {}
+    if options.interval:
+        asked["interval"] = tuple(options.interval)
+    if options.rescale is not None:
+        asked["rescale"] = options.rescale
+    if options.project:
+        asked["projection"] = Projection()
+    unused = [f"--{name}" for name in ("interval", "rescale", "project") if getattr(options, name)]
+    if unused and options.guidance == 1:
+        raise UserError(f"{' and '.join(unused)} says how to guide, but --guidance is 1, which is none.")
+    if options.threshold is not None:
+        asked["threshold"] = Threshold(limit=options.threshold)
+    return Guidance(scale=options.guidance, **asked) if asked else options.guidance
 
 
 def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
@@ -197,7 +227,7 @@ def generate(options: argparse.Namespace) -> None:
         raise UserError(f"--columns is {options.columns}, but must be at least 1.")
     model, checker = opened(options)
     asked = told(options, model)
-    names = ("size", "batch", "tile")
+    names = ("size", "batch", "tile", "eta")
     settings = sampled(options) | {name: getattr(options, name) for name in names}
     images = model(**asked, progress=True, **settings)
     notes = [record.notes() for record in records(options, model, asked, len(images))]
@@ -216,7 +246,8 @@ def records(
         "model_sha256": fingerprint(model),
         "sampler": options.sampler or model.sampler,
         "drawn_on": arithmetic(model),
-    } | {name: getattr(options, name) for name in ("negative", "steps", "spacing", "guidance", "tile")}
+        "guidance": guidance(options),
+    } | {name: getattr(options, name) for name in ("negative", "steps", "spacing", "tile", "eta")}
     each = {
         name: [text for text in asked[name] for _ in range(count // len(asked[name]))]
         if asked[name]

@@ -11,6 +11,7 @@ from PIL import Image
 from ldm.config import UserError
 from pipelines.cli_draw import (
     MODEL,
+    guidance,
     keep,
     opened,
     out_options,
@@ -200,8 +201,10 @@ def drawn_notes(
 ) -> list[dict[str, object]]:
     """The notes of each of `count` pictures that were drawn of prompts."""
     from pipelines.latent_diffusion import seeds_of
+    from pipelines.record import guidance_note
 
-    how = {name: getattr(options, name) for name in ("steps", "spacing", "guidance", "negative", "size")}
+    how = {name: getattr(options, name) for name in ("steps", "spacing", "negative", "size")}
+    how["guidance"] = guidance_note(guidance(options))
     prompts = [prompt for prompt in asked["prompts"] or [None] for _ in range(options.n)]
     return [
         notes_of(options, **how, **more, sampler=options.sampler or model.sampler, prompt=prompt, seed=seed)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -20,8 +21,9 @@ from tqdm import tqdm
 
 from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
+from autoencoder.store import weight_hash
 from ldm.checks import require_int
-from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, text_of
+from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, labels_of, text_of
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_decode, to_draw
 from ldm.guidance import Guidance, guided
@@ -29,7 +31,7 @@ from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
 from ldm.pictures import to_images
 from ldm.prediction import Prediction
-from ldm.samplers import SAMPLERS, Denoise, Noise, Sampler
+from ldm.samplers import SAMPLERS, WITH_ETA, Denoise, Noise, Sampler
 from ldm.tasks import Given, Task
 from ldm.unet import UNet
 from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
@@ -93,7 +95,8 @@ class LatentDiffusion:
         size: tuple[int, int] | None = None,
         batch: int = 16,
         tile: int | None = None,
-        precision: Precision | None = None,
+        eta: float | None = None,
+        weak: LatentDiffusion | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
         """Draw `n` pictures for each prompt, in the order of the prompts.
@@ -110,15 +113,14 @@ class LatentDiffusion:
             seed: picture i is drawn from seed + i, whatever is drawn beside it; or a list, a seed for each picture.
             size: (width, height) in pixels; by default that of training.
             batch: pictures drawn together.
-            tile: pictures wider or higher than this many pixels are decoded in tiles of this side, a quarter of
-                which is shared with each neighbour: memory for one tile, faint seams (`autoencoder.tiling`).
-            precision: f32, or bf16, in which pictures differ slightly; by default the model's.
+            tile: larger pictures are decoded in tiles of this side: less memory, faint seams (`autoencoder.tiling`).
+            eta: share of the noise that is renewed in each step, of samplers that leave it open; by default 0.
+            weak: a weaker model, such as an earlier checkpoint, to be guided away from instead of the null condition.
 
         Raises:
             ValueError: names what is out of range or unknown, or seeds that are not as many as the pictures.
             TypeError: names an argument of another type, such as a prompt that is no text.
         """
-        self = replace(self, precision=precision or self.precision)
         if tile is not None:
             tiling.require_tile(tile, None, self.autoencoder.config.factor)
         for name, value in (("n", n), ("batch", batch)):
@@ -127,12 +129,12 @@ class LatentDiffusion:
         count = len(next(iter(read.values()))) if read else n
         seeds = seeds_of(seed, count)
         shape = self.latent_shape(size)
-        sample, grid, start = self.sampler_for(sampler, steps, shape, spacing)
+        sample, grid, start = self.sampler_for(sampler, steps, shape, spacing, eta)
         images: list[Image.Image] = []
         with tqdm(total=count, unit="img", disable=not progress) as bar:
             for part in (slice(first, min(count, first + batch)) for first in range(0, count, batch)):
                 some = {key: value[part] for key, value in read.items()}
-                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative)
+                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative, weak=weak)
                 noise = noise_of(seeds[part], shape, self.device)
                 z = sample(denoise, noise(-1) * start, grid, noise=noise)
                 images += to_images(self.decode(z, tile))
@@ -140,15 +142,25 @@ class LatentDiffusion:
         return images
 
     def sampler_for(
-        self, sampler: str | None, steps: int, shape: Sequence[int], spacing: Spacing | None = None
+        self,
+        sampler: str | None,
+        steps: int,
+        shape: Sequence[int],
+        spacing: Spacing | None = None,
+        eta: float | None = None,
     ) -> tuple[Sampler, Grid, float]:
         """A sampler, by default the model's, its levels for latents of (C, h, w), and what the first noise is times."""
         spacing = spacing or (self.spacing if sampler in (None, self.sampler) else None)
         sampler = sampler or self.sampler
         if sampler not in SAMPLERS:
             raise ValueError(f"sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        if eta is not None and sampler not in WITH_ETA:
+            raise ValueError(
+                f"eta is {eta}, but sampler {sampler} has none to choose; {', '.join(WITH_ETA)} have"
+            )
+        chosen = SAMPLERS[sampler] if eta is None else partial(WITH_ETA[sampler], eta=eta)
         path = self.path.at(shape[1] * shape[2]) if isinstance(self.path, Flow) else self.path
-        return SAMPLERS[sampler], *sampling_grid(path, sampler, steps, spacing)
+        return chosen, *sampling_grid(path, sampler, steps, spacing)
 
     def guided(
         self,
@@ -158,14 +170,17 @@ class LatentDiffusion:
         guidance: float | Guidance,
         negative: str = "",
         image: Tensor | None = None,
+        weak: LatentDiffusion | None = None,
     ) -> Denoise:
         """What a sampler takes, for n samples with latents of (C, h, w), told what `read` gave.
 
         Args:
             image: what the model's task is given of pictures, [n,C',h,w]; it is the same with and without the words.
+            weak: told the same by its own conditioner, and guided away from.
 
         Raises:
-            ValueError: it is missing, as something is asked of the model that it was not trained for.
+            ValueError: the image is missing, as something is asked of the model that it was not trained for; or
+                `weak` does not fit.
         """
         if self.task is not None and image is None:
             raise ValueError(f"this model was trained to {self.task.kind} pictures, and can do nothing else")
@@ -175,9 +190,23 @@ class LatentDiffusion:
             )
         height, width = (side * self.autoencoder.config.factor for side in shape[1:])
         cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
-        null = self.null(negative, n)
+        null = weak.as_weak(self, read, negative) if weak else self.null(negative, n)
         to, away = (c.sized(height, width)._replace(image=image) for c in (cond, null))
-        return guided(self.denoiser(), to, away, guidance)
+        return guided(self.denoiser(), to, away, guidance, weak=weak.denoiser() if weak else None)
+
+    def as_weak(self, strong: LatentDiffusion, read: dict[str, Tensor], negative: str) -> Cond:
+        """What this model is told while `strong`, told `read`, is guided away from it; ValueError if it can't be."""
+        if negative:
+            raise ValueError(f"negative is {negative!r}, but weak is what is guided away from; leave one out")
+        if weight_hash(self.autoencoder.state_dict()) != weight_hash(strong.autoencoder.state_dict()):
+            raise ValueError("weak has another autoencoder than the model that it should guide")
+        words, own = text_of(strong.conditioner), text_of(self.conditioner)
+        if (words and words.vocabulary_hash()) != (own and own.vocabulary_hash()):
+            raise ValueError("weak has another vocabulary than the model that it should guide")
+        classes, named = labels_of(strong.conditioner), labels_of(self.conditioner)
+        if (classes and classes.classes) != (named and named.classes):
+            raise ValueError("weak has other classes than the model that it should guide")
+        return self.conditioner({key: value.to(self.device) for key, value in read.items()})
 
     def read(
         self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None

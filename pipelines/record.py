@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import MISSING, dataclass, fields
+import json
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 from autoencoder.store import weight_hash
 from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
+from ldm.guidance import Guidance, Projection, Threshold
 from ldm.pictures import Stored, content, decoded
 from pipelines.inputs import MEGAPIXELS
 from pipelines.latent_diffusion import LatentDiffusion
@@ -48,8 +51,10 @@ class Record:
     """One of `ldm.samplers.SAMPLERS`"""
     spacing: str | None = None
     """Of the steps; None for the usual one"""
-    guidance: float
-    """Scale of classifier-free guidance"""
+    guidance: float | Guidance
+    """Of classifier-free guidance"""
+    eta: float | None = None
+    """Share of the noise that was renewed, where the sampler leaves it open"""
     tile: int | None = None
     """Side of the tiles it was decoded in"""
     batch: int = 1
@@ -62,6 +67,7 @@ class Record:
     def notes(self) -> dict[str, object]:
         """What to write into the file, by key."""
         told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told["guidance"] = guidance_note(self.guidance)
         return {"made_by": VERB} | {key: value for key, value in told.items() if value is not None}
 
 
@@ -86,6 +92,24 @@ def arithmetic(model: LatentDiffusion) -> str:
     return " ".join([*words, *(["reuse", str(model.reuse)] if model.reuse > 1 else [])])
 
 
+def guidance_note(guidance: float | Guidance) -> str:
+    """A scale as a number, more as JSON: what differs from plain guidance."""
+    if not isinstance(guidance, Guidance):
+        return json.dumps(guidance)
+    usual = asdict(Guidance())
+    return json.dumps({name: value for name, value in asdict(guidance).items() if value != usual[name]})
+
+
+def guidance_of(note: str) -> float | Guidance:
+    """The inverse of `guidance_note`; ValueError or TypeError for anything else."""
+    said = json.loads(note)
+    if not isinstance(said, dict):
+        return float(said)
+    groups = {"projection": Projection, "threshold": Threshold}
+    told = {name: groups[name](**value) if name in groups else value for name, value in said.items()}
+    return Guidance(**told | ({"interval": tuple(said["interval"])} if "interval" in said else {}))
+
+
 def read_record(file: Path) -> tuple[Record, Image.Image]:
     """What is written inside a picture that `ldm generate` made, and the picture.
 
@@ -101,15 +125,22 @@ def read_record(file: Path) -> tuple[Record, Image.Image]:
         raise UserError(
             f"{file} was made by {made_by}; only what {VERB} made is drawn again from its file alone."
         )
-    numbers = {"seed": int, "steps": int, "guidance": float, "tile": int, "batch": int, "place": int}
+    kinds: dict[str, Callable[[Any], Any]] = {
+        "seed": int,
+        "steps": int,
+        "tile": int,
+        "batch": int,
+        "place": int,
+    }
+    kinds |= {"guidance": guidance_of, "eta": float}
     try:
         told: dict[str, Any] = {
             f.name: notes[f.name] for f in fields(Record) if f.name in notes or f.default is MISSING
         }
-        record = Record(**told | {key: kind(told[key]) for key, kind in numbers.items() if key in told})
+        record = Record(**told | {key: kind(told[key]) for key, kind in kinds.items() if key in told})
     except KeyError as problem:
         raise UserError(f"{file} does not say from what it was drawn: it has no note {problem}.") from None
-    except ValueError as problem:
+    except (ValueError, TypeError) as problem:
         raise UserError(f"{file} says nonsense about how it was drawn: {problem}.") from None
     if not 0 <= record.place < record.batch <= LARGEST_BATCH:
         raise UserError(f"{file} says that it was number {record.place} of {record.batch} pictures.")
@@ -123,7 +154,7 @@ def recreate(model: LatentDiffusion, record: Record, size: tuple[int, int]) -> I
     """
     told = {
         name: getattr(record, name)
-        for name in ("steps", "sampler", "spacing", "guidance", "negative", "tile")
+        for name in ("steps", "sampler", "spacing", "guidance", "negative", "tile", "eta")
     }
     prompts = None if record.prompt is None else [record.prompt]
     images = model(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm.guidance import Guidance, Projection, Threshold
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.editing import image_to_image
@@ -84,6 +85,43 @@ def test_pictures_are_recreated_bit_for_bit(
     assert capsys.readouterr().out.count("the same, bit for bit") == 2
     again = Image.open(tmp_path / "again" / "0001.png")
     assert same(again, Image.open(files[5])) and again.text == Image.open(files[5]).text
+
+
+def test_all_of_guidance_is_reached_and_recreated(
+    chain: Path, model: LatentDiffusion, tmp_path: Path
+) -> None:
+    flags = "--interval 0.2 5 --project --threshold 2 --eta 0.5 --sampler ddim --steps 4 --guidance 6"
+    folder = str(chain / "ldm")
+    ldm(["generate", folder, PROMPT, *flags.split(), "--out", str(tmp_path)])
+    record, picture = read_record(tmp_path / "0000.png")
+    assert record.guidance == Guidance(
+        scale=6.0, interval=(0.2, 5.0), projection=Projection(), threshold=Threshold(limit=2.0)
+    )
+    plain = {"steps": 4, "sampler": "ddim", "guidance": 6.0}
+    assert same(recreate(model, record, picture.size), picture)
+    assert not same(model(PROMPT, **plain)[0], picture)
+    assert not same(model(PROMPT, **plain, eta=0.5)[0], model(PROMPT, **plain)[0])
+    with pytest.raises(ValueError, match="sampler unipc has none to choose"):
+        model(PROMPT, sampler="unipc", eta=0.5)
+    with pytest.raises(SystemExit):
+        ldm(["generate", folder, PROMPT, "--guidance", "1", "--project", "--out", str(tmp_path)])
+
+
+def test_a_weaker_model_guides(chain: Path, model: LatentDiffusion) -> None:
+    weak = LatentDiffusion.from_pretrained(chain / "ldm")
+    told = {"steps": 3, "guidance": 3.0}
+    unguided = model(PROMPT, steps=3, guidance=1.0)[0]
+    itself = np.asarray(model(PROMPT, **told, weak=weak)[0], dtype=int)
+    assert abs(itself - np.asarray(unguided, dtype=int)).max() <= 1  # no difference to move along
+    with torch.no_grad():
+        weak.unet.conv_out.weight.mul_(0.5)
+    assert not same(model(PROMPT, **told, weak=weak)[0], unguided)
+    with pytest.raises(ValueError, match="leave one out"):
+        model(PROMPT, **told, weak=weak, negative="a fox")
+    with torch.no_grad():
+        weak.autoencoder.encoder.conv_in.weight.mul_(2)
+    with pytest.raises(ValueError, match="weak has another autoencoder"):
+        model(PROMPT, **told, weak=weak)
 
 
 def test_another_model_is_noticed(

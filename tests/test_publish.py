@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -189,18 +188,15 @@ def test_models_without_captions_open_in_stock_diffusers(
 
 def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path) -> None:
     model = LatentDiffusion.from_pretrained(chain / "ldm")
-    draw = partial(LatentDiffusion.__call__, prompts=list(PROMPTS), steps=2)
+
+    def draw(model: LatentDiffusion) -> list[Image.Image]:
+        return model(list(PROMPTS), steps=2)
+
     before, _ = gate.scan_half(model, draw)
-    norm = model.unet.up_blocks[0].resnets[0].norm1
     with torch.no_grad():
-        norm.weight.mul_(5e4 / norm.weight.abs().max())
-    inside, _ = gate.scan_half(model, draw)
-    with torch.no_grad():
-        model.unet.conv_out.weight.zero_()
-        model.unet.conv_out.bias.fill_(-7e4)
+        model.unet.conv_in.weight.mul_(6e4)  # no weight is too large, but what it makes
     after, _ = gate.scan_half(model, draw)
-    assert before.safe and not after.safe and after.largest >= 7e4
-    assert not inside.safe and inside.where.startswith("unet.up_blocks.0.resnets.0"), "no weight is as large"
+    assert before.safe and not after.safe and after.where == "unet.conv_in"
 
 
 def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

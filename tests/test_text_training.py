@@ -83,5 +83,5 @@ def test_the_command_draws_classes_with_captions(encoders: dict[str, Path], tmp_
     flags = f"--class lime --class plum --n 2 --steps 2 --out {tmp_path}/out".split()
     ldm(["generate", str(tmp_path / "model"), "a red circle", "a blue square", *flags])
     drawn = [Image.open(tmp_path / "out" / f"{i:04d}.png").text for i in range(4)]
-    assert [note["class"] for note in drawn] == ["lime", "lime", "plum", "plum"]
+    assert [note["class_name"] for note in drawn] == ["lime", "lime", "plum", "plum"]
     assert [note["prompt"] for note in drawn][1:3] == ["a red circle", "a blue square"]
