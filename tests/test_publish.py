@@ -246,6 +246,8 @@ def test_a_copy_of_a_training_picture_is_found_and_a_new_one_is_not() -> None:
         (["--license", "mit", "--dry-run", "--data", "nowhere"], 1, "There is nothing at nowhere"),
         (["--license", "mit", "--dry-run", "--prompt", "x", "--out", "{ldm}"], 1, "holds something else"),
         (["--license", "mit", "--dry-run", "--prompt", "x", "--looked-art"], 2, "--looked-art"),
+        (["--license", "mit", "--dry-run", "--shard", "much"], 1, "--shard is much"),
+        (["--license", "mit", "--dry-run", "--checker", "{ldm}/model/unet"], 1, "is no safety checker"),
     ],
 )
 def test_bad_requests_are_one_sentence(
