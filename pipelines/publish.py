@@ -111,13 +111,13 @@ class FinishedRun:
             self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             self.steps, self.seconds = int(self.result["step"]), float(self.result["seconds"])
             self.recipe["data"]["path"], self.recipe["ema_decay"]
+            stage1 = Path(self.recipe["autoencoder"]).expanduser()
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(
                 f"{folder} is no finished run of train_ldm.py ({problem}); give the folder of one, with config.yaml, "
                 "result.json and model."
             ) from None
         self.folder, self.model = folder, folder / "model"
-        stage1 = Path(self.recipe["autoencoder"]).expanduser()
         there = (stage1 / "config.yaml").is_file() and (stage1 / "result.json").is_file()
         self.stage1 = stage1 if there else None
 

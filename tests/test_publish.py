@@ -264,6 +264,7 @@ def test_bad_requests_are_one_sentence(
     ("arguments", "message"),
     [
         (["nowhere", NAME], "no finished run"),
+        (["{ldm}/../vae", NAME], "no finished run of train_ldm.py"),
         (["{ldm}", "no-namespace"], "no-namespace is no name on the hub"),
         (["{ldm}", "somebody/früchte"], "somebody/früchte is no name on the hub"),
         (["{ldm}", "somebody/fruit-"], "somebody/fruit- is no name on the hub"),
