@@ -80,6 +80,7 @@ def with_classes(task: Segment, source: Source) -> Segment:
 def mask_files(source: Source, masks: str) -> list[Stored]:
     """Where the mask of each picture lies; UserError names the first that is missing."""
     roots = [Path(path).expanduser() for path in source.config.paths]
+    named_folder = Path(masks).expanduser()
     files = []
     for stored in source.pictures:
         picture = Path(stored.path or "")
@@ -89,7 +90,7 @@ def mask_files(source: Source, masks: str) -> list[Stored]:
                 f"Masks are looked for beside picture files, but {stored.name} is in a shard; unpack the set into "
                 "a folder of pictures and one of masks."
             )
-        folder = Path(masks).expanduser() if Path(masks).is_dir() else root.parent / masks
+        folder = named_folder if named_folder.is_dir() else root.parent / masks
         file = folder / picture.relative_to(root).with_suffix(".png")
         files.append(Stored(str(file), path=str(file), root=folder.resolve()))
     missing = [file.name for file in files if not Path(file.name).is_file()]

@@ -80,6 +80,8 @@ def content(stored: Stored) -> bytes:
     path = Path(stored.path)
     if stored.root and not path.resolve().is_relative_to(stored.root):
         raise BadPicture(stored.name, f"leads out of the data folder, to {path.resolve()}")
+    if path.is_dir():
+        raise BadPicture(stored.name, "is a folder")
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO would block for ever
     except OSError as problem:

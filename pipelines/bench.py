@@ -17,7 +17,7 @@ from pipelines import protocol
 from pipelines.extractors import Extractor, open_extractor
 from pipelines.fidelity import FEW, SETTINGS, Figure, require_enough
 from pipelines.generation import Drawing, Share, spread_out
-from pipelines.latent_diffusion import best_device
+from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.references import usual_cache
 from pipelines.scores import Clip
 from pipelines.subjects import Subject, Weights, open_subject
@@ -67,6 +67,21 @@ class Result:
     """Figures that could not be measured, and why"""
 
 
+def require_fitting(what: Evaluation, *, draws: bool) -> None:
+    """UserError if something is asked that is of no use to the kind of model, which draws or gives back."""
+    if draws and (what.size is not None or what.lpips.weights):
+        raise UserError(
+            "The model draws; leave out --size and --lpips-weights, which are for autoencoders alone."
+        )
+    if not draws and (what.clip or what.drawing != Drawing()):
+        raise UserError(
+            "The model is an autoencoder, which draws nothing; leave out --clip, --steps, --sampler, --guidance and "
+            "--seed."
+        )
+    if what.size is not None and what.size < 1:
+        raise UserError(f"--size is {what.size}, but must be at least 1.")
+
+
 class Bench:
     """What an evaluation works with, opened before anything is drawn."""
 
@@ -77,6 +92,7 @@ class Bench:
             self.subject: Subject = open_subject(model, what.weights, device)
             self.extractors = [open_extractor(name, device) for name in what.extractors]
             self.clip = Clip(what.clip, device) if what.clip else None
+        require_fitting(what, draws=isinstance(self.subject.model, LatentDiffusion))
         source, self.split = shown_source(what.data, what.split)
         self.source = sound(source)
         self.count = what.n or min(len(self.source), FEW)
@@ -109,7 +125,7 @@ class Bench:
             "extractors": self.stamps,
             "estimators": SETTINGS,
             "weights": self.subject.weights,
-            "precision": protocol.precision(),
+            "precision": protocol.precision(self.state.device),
             "versions": protocol.versions(self.state.device),
             **more,
         }

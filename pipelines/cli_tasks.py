@@ -96,6 +96,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
             )
     for file in options.pictures:
         spare(file, options.out / f"{file.stem}.png")
+    for file in options.pictures:
         yield read_picture(file), options.out / file.stem
 
 

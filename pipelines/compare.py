@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from autoencoder.untrusted import read_json
-from ldm.config import UserError
+from ldm.config import UserError, flat
 from pipelines.fidelity import FEW
 from pipelines.protocol import differing
 
@@ -52,6 +52,8 @@ def read_result(file: Path) -> dict[str, Any]:
         raise UserError(
             f"{file} is no result of `ldm evaluate`: a figure lacks its value, error or interval."
         )
+    if not all(isinstance(figure["value"], int | float) for figure in figures.values()):
+        raise UserError(f"{file} is no result of `ldm evaluate`: a figure's value is no number.")
     return content
 
 
@@ -68,6 +70,10 @@ def compare(one: Path, other: Path, but: Sequence[str] = ()) -> list[Row]:
         UserError: the protocols differ elsewhere; names the fields. Or nothing is shared, or a file is no result.
     """
     first, second = read_result(one), read_result(other)
+    there = [*flat(first["protocol"]), *flat(second["protocol"])]
+    for field in but:
+        if not any(f"{name}.".startswith(f"{field}.") for name in there):
+            raise UserError(f"--but names {field!r}, but the protocols have no such field.")
     if unlike := differing(first["protocol"], second["protocol"], but):
         raise UserError(
             f"{one} and {other} were not measured in the same way: {'; '.join(unlike)}. "

@@ -32,6 +32,8 @@ def evaluate(model: str, what: Evaluation, out: Path | None = None) -> Path | No
     Raises:
         UserError: model, data, weights or a package are not there; says which, and what to do.
     """
+    if out and out.is_dir():
+        raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
     bench = Bench(model, what)
     file = out or usual_name(bench)
     draws = isinstance(bench.subject.model, LatentDiffusion)

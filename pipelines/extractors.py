@@ -159,7 +159,11 @@ def _inception(file: Path | None) -> Extractor:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048", "logits_unbiased"], str(file)
             )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as problem:
+    except pickle.UnpicklingError:  # torch advises to unpickle all the same
+        raise UserError(
+            f"{file} does not hold the weights of Inception as tensors alone, so that it is not read."
+        ) from None
+    except (RuntimeError, EOFError, ValueError, TypeError) as problem:
         raise UserError(f"{file} does not hold the weights of Inception: {first_line(problem)}") from None
     return Extractor(
         name="inception",

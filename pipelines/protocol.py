@@ -29,10 +29,14 @@ def installed(name: str) -> bool:
     return True
 
 
-def precision() -> str:
-    """What products of float32 matrices are computed in."""
-    fast = torch.get_float32_matmul_precision()
-    return "float32" if fast == "highest" else f"float32, products of matrices in {fast} precision"
+def precision(device: torch.device) -> str:
+    """What is computed in, where that is less than float32 too."""
+    said, fast = "float32", torch.get_float32_matmul_precision()
+    if fast != "highest":
+        said += f", products of matrices in {fast} precision"
+    if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        said += ", convolutions in TF32"
+    return said
 
 
 def differing(one: dict[str, Any], other: dict[str, Any], but: Sequence[str] = ()) -> list[str]:

@@ -15,7 +15,7 @@ from autoencoder.files import write_text
 from autoencoder.metrics import likeness, psnr
 from ldm.checks import require_int
 from ldm.config import UserError
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, ScenesConfig, open_source
 from ldm.inspection import sound
 from ldm.masks import Masks
 from ldm.pictures import to_images, to_tensor
@@ -60,6 +60,7 @@ class Trial:
     def __post_init__(self) -> None:
         require_int("n", self.n, 1, 2**31)
         require_int("samples", self.samples, 1, 1000)
+        require_int("seed", self.seed, 0, 2**62)
 
     def task(self, trained: Task | None) -> Task:
         """What pictures are spoiled by, for a model that was trained for a task; UserError if nothing says how."""
@@ -84,10 +85,14 @@ class Trial:
 
 def recover(trial: Trial, out: Path) -> dict[str, Any]:
     """Figures of the first pictures of a split, written to `out`, with a sheet of some beside it."""
+    if out.is_dir():
+        raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
     model = LatentDiffusion.from_pretrained(trial.model).to(best_device())
     task = trial.task(model.task)
     config = data_of(trial.model) or DataConfig()
-    config = replace(config, path=trial.data) if trial.data else config
+    if trial.data:
+        scenes = config.scenes if trial.data == "scenes" else ScenesConfig()
+        config = replace(config, path=trial.data, scenes=scenes)
     source = sound(open_source(config, trial.split))
     wanted: Any = Masks(source, task) if isinstance(task, Segment) else source
     examples = Examples.of(model, task, source, wanted, range(min(trial.n, len(source))), trial.seed)

@@ -83,7 +83,9 @@ def _read(file: Path) -> Seen | None:
 
 def _write(file: Path, columns: list[Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f".{file.name}.writing")
+    fresh = file.with_name(
+        f".{file.name}.{os.getpid()}.writing"
+    )  # others may compute the same at the same time
     save_file(dict(zip(("features", "logits"), columns, strict=False)), fresh)
     flush(fresh)
     fresh.replace(file)

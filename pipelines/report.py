@@ -19,6 +19,7 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
+from autoencoder.untrusted import inside
 from ldm.config import flat
 from pipelines import run_plots
 from pipelines.page import Page
@@ -216,7 +217,7 @@ def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
     missing = [f"{name.replace('_', ' ')}: {reason}" for name, reason in found.get("left_out", {}).items()]
     about = {name: found[name] for name in ("measured", "data") if name in found}
     protocol = "\n".join(f"{name}: {value}" for name, value in flat(about | found["protocol"]).items())
-    pictures = {name: Image.open(folder / file) for name, file in found.get("pictures", {}).items()}
+    pictures = {name: Image.open(inside(folder, file)) for name, file in found.get("pictures", {}).items()}
     page.table(["figure", "value ± standard error", "95 % interval"], rows)
     if missing:
         page.text("Not measured:")

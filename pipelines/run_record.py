@@ -12,6 +12,7 @@ from PIL import Image
 
 from ldm.config import UserError
 from pipelines import run_plots
+from pipelines.extractors import first_line
 
 SHOWN_STEPS = 6
 """Looks at the same prompts, from the first to the last, that are shown side by side"""
@@ -49,7 +50,7 @@ def read_record(folder: Path) -> Record:
     """UserError if the folder is not that of a run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} holds no config.yaml; give the folder of a training run.")
-    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    recipe = read_recipe(folder / "config.yaml")
     there = (folder / "metrics.jsonl").is_file() and (folder / "metrics.jsonl").stat().st_size
     history = folder / "history.jsonl"
     written = history.read_text().splitlines() if history.is_file() else []
@@ -61,6 +62,20 @@ def read_record(folder: Path) -> Record:
         [json.loads(line) for line in written],
         json.loads(result.read_text()) if result.is_file() else {},
     )
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """UserError if the file is not the recipe of a run."""
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"{file} is no YAML ({first_line(problem)}); give the folder of a training run."
+        ) from None
+    run = recipe.get("run") if isinstance(recipe, dict) else None
+    if not isinstance(run, dict) or not {"steps", "batch_size"} <= run.keys():
+        raise UserError(f"{file} is no recipe of a run, with run.steps; give the folder of a training run.")
+    return recipe
 
 
 def stage_one_of(record: Record) -> Record | None:

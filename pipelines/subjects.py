@@ -50,20 +50,21 @@ def open_subject(name: str, weights: Weights, device: torch.device) -> Subject:
             f"{name} is no run folder, so that there are no weights but those saved in it; leave out --raw."
         )
     kind = kind_of(name)
-    step = last_step(run) if run else None
+    raw = last_sound(run) if weights == "raw" and run else None
+    step = int(raw.name.removeprefix("step-")) if raw else last_step(run) if run else None
     about = {"name": folder.resolve().name if folder.exists() else name, "kind": kind, "step": step}
     said = weights if run else "as saved"
     if kind != "latent diffusion":
         coder = (VQModel if kind == "VQModel" else AutoencoderKL).from_pretrained(inner(folder) or name)
-        if weights == "raw" and run:
-            restore(last_sound(run), {"autoencoder": coder})
+        if raw:
+            restore(raw, {"autoencoder": coder})
         coder.eval().requires_grad_(False).to(device)
         hashes = {"autoencoder_sha256": weight_hash(coder.state_dict())}
         return Subject(model=coder, weights=said, run=run, about=about | hashes)
     model = LatentDiffusion.from_pretrained(name)
-    if weights == "raw" and run:
-        last, parts = last_sound(run), {"unet": model.unet, "conditioner": model.conditioner}
-        restore(last, {part: module for part, module in parts.items() if (last / f"{part}.json").is_file()})
+    if raw:
+        parts = {"unet": model.unet, "conditioner": model.conditioner}
+        restore(raw, {part: module for part, module in parts.items() if (raw / f"{part}.json").is_file()})
     named: dict[str, nn.Module] = {"unet": model.unet, "autoencoder": model.autoencoder}
     hashes = {f"{part}_sha256": weight_hash(module.state_dict()) for part, module in named.items()}
     return Subject(model=model.to(device), weights=said, run=run, about=about | hashes)

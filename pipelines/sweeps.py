@@ -14,6 +14,7 @@ from pipelines.bench import Evaluation
 from pipelines.compare import read_result
 from pipelines.evaluate import evaluate
 from pipelines.protocol import differing
+from pipelines.subjects import kind_of
 
 Setting = Literal["guidance", "steps", "sampler"]
 SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
@@ -24,9 +25,14 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
     """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
 
     What is there already is taken for done, which is said.
+
+    Raises:
+        UserError: the model draws nothing.
     """
+    if kind_of(model) != "latent diffusion":
+        raise UserError(f"{model} is an autoencoder, which draws nothing: there is no {setting} to vary.")
     files = []
-    for value in values:
+    for value in dict.fromkeys(values):
         file = folder / f"{setting}-{value}.json"
         if file.exists():
             print(f"{file} is there already; remove it to have it measured again")

@@ -200,7 +200,7 @@ def upscale(
         require_tile(tile, None, factor)
     one = noised(padded(small, max(1, factor // task.factor)), noise, random.stream(seed, "task", 0))
     settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "tile": tile}
-    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
     return averaged(pixels, small.shape[2] * task.factor, small.shape[1] * task.factor)
 
 
@@ -223,26 +223,22 @@ def restore(
         prompt: words for the picture; a model that is only told nothing in particular can do without.
         noise: for a model that was not trained to restore, the noise in the picture: standard deviation, of 255. By
             default it is estimated.
-        samples: drawn and averaged: more are nearer to the truth, and softer; only of a model trained to restore.
+        samples: drawn and averaged: more are nearer to the truth, and softer.
 
     Raises:
         ValueError: the model was trained for something else, or an argument is out of range or without effect.
     """
     if model.task is None:
-        if samples != 1:
-            raise ValueError(
-                f"samples is {samples}, which needs a model that was trained to restore; leave it out"
-            )
         if guidance != 1 and prompt is None:
             raise ValueError(f"guidance is {guidance}, but there is no prompt to be guided by; give one")
-        return denoised(model, picture, prompt, noise, steps, sampler, guidance, seed)
+        return denoised(model, picture, prompt, noise, samples, steps, sampler, guidance, seed)
     require_task(model, Restore)
     if noise is not None:
         raise ValueError(f"noise is {noise}, but this model sees for itself; leave it out")
     whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
     one = {"picture": padded(whole, model.autoencoder.config.factor)}
     settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
     return averaged(pixels, whole.shape[2], whole.shape[1])
 
 
@@ -251,6 +247,7 @@ def denoised(
     picture: Image.Image,
     prompt: str | None,
     noise: float | None,
+    samples: int,
     steps: int,
     sampler: str | None,
     guidance: float,
@@ -260,8 +257,12 @@ def denoised(
 
     How much they are noised is what as much noise again changes in them.
     """
+    require_int("samples", samples, 1, 2**31)
+    seeds = seeds_of(seed, samples)
     picture = upright(picture)
     std = noise_level(picture) if noise is None else noise
+    if not 0 <= std <= 255:
+        raise ValueError(f"noise is {std}, but must lie in [0, 255]")
     whole = to_tensor(picture)
     pixels = padded(whole, model.autoencoder.config.factor)[None].to(model.device)
     grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
@@ -275,12 +276,13 @@ def denoised(
         )
     rest = Grid(grid.t[first:], grid.alpha[first:], grid.sigma[first:])
     if prompt is None:
-        null = model.null("", 1).sized(*pixels.shape[2:])
+        null = model.null("", samples).sized(*pixels.shape[2:])
         denoise = guided(model.denoiser(), null, None)
     else:
-        denoise = model.guided(model.read(prompt, 1), 1, z.shape[1:], guidance)
-    noises = noise_of([seed], z.shape[1:], model.device)
-    made = model.decode(sample(denoise, rest.alpha[0] * z, rest, noise=noises))
+        denoise = model.guided(model.read(prompt, samples), samples, z.shape[1:], guidance)
+    noises = noise_of(seeds, z.shape[1:], model.device)
+    x = rest.alpha[0] * z.expand(samples, *z.shape[1:])
+    made = model.decode(sample(denoise, x, rest, noise=noises))
     return averaged(made, whole.shape[2], whole.shape[1])
 
 
@@ -340,7 +342,7 @@ def segment(
     whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
     one = {"picture": padded(whole, model.autoencoder.config.factor)}
     settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    pixels = made(model, times(one, samples), read, range(seed, seed + samples), **settings)
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
     return voted(pixels[:, :, : whole.shape[1], : whole.shape[2]], task.classes)
 
 

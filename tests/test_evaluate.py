@@ -1,6 +1,7 @@
 """`ldm evaluate`, `compare` and `sweep` on real, tiny models: the same figures however they are computed."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,15 +17,17 @@ from accelerate import PartialState
 
 from autoencoder.metrics import psnr
 from autoencoder.vq import VQConfig, VQModel
+from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, open_source
 from ldm.pictures import to_tensor
 from ldm.scenes import Scenes
-from pipelines.classifier import Classifier, Recogniser, save_recogniser
+from pipelines.classifier import Classifier, Recogniser, save_recogniser, train_recogniser
 from pipelines.cli import main as ldm
-from pipelines.compare import Row
+from pipelines.compare import Row, compare
 from pipelines.extractors import open_extractor
 from pipelines.generation import Share, bytes_of, spread_out
 from pipelines.memorisation import Near, find_copies, nearer, nearest
+from pipelines.protocol import precision
 from pipelines.references import features_of
 from pipelines.scores import ATTRIBUTES, of_scenes
 from pipelines.subjects import open_subject, reconstructed
@@ -155,6 +158,24 @@ def test_compare_refuses_what_was_measured_otherwise(
     assert "17 pictures are few" in table[-1]
 
 
+def test_compare_refuses_fields_that_are_not_there_and_values_that_are_no_numbers(
+    result: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="'guidnce', but the protocols have no such field"):
+        compare(result, result, ["guidnce"])
+    assert compare(result, result, ["reference"])
+    other = json.loads(result.read_text())
+    other["figures"]["kid"]["value"] = "much"
+    (tmp_path / "b.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match="no number"):
+        compare(result, tmp_path / "b.json")
+
+
+def test_the_stamp_says_where_less_than_float32_is_computed_in() -> None:
+    assert precision(torch.device("cpu")) == "float32"
+    assert precision(torch.device("cuda")) == "float32, convolutions in TF32"  # torch's default
+
+
 def test_a_difference_is_judged_by_its_error_and_direction() -> None:
     figure = {"value": 1.0, "error": 0.1, "interval": [0.8, 1.2]}
     assert "within chance" in Row("fid", figure, figure | {"value": 1.2}).verdict
@@ -201,6 +222,17 @@ def test_a_classifier_is_trained_and_judges(
     assert found.classes == ("one", "two") and found.resize.endswith("16x16")
 
 
+def test_a_held_out_split_without_classes_is_not_what_a_classifier_is_judged_by(
+    pictures: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures / "train", tmp_path / "train")
+    (tmp_path / "test").mkdir()
+    for i in range(3):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / "test" / f"{i}.png")
+    found = train_recogniser(DataConfig(path=str(tmp_path), size=SIDE), epochs=1)
+    assert found.classes == ("one", "two") and not found.accuracy
+
+
 def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], tmp_path: Path) -> None:
     from torchvision.models import squeezenet1_1
 
@@ -215,7 +247,9 @@ def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], 
         ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "none.safetensors")])
 
 
-def test_sweep_plots_the_figures_against_the_setting(chain: Path, asked: list[str], tmp_path: Path) -> None:
+def test_sweep_plots_the_figures_against_the_setting(
+    chain: Path, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [
         "sweep",
         "steps",
@@ -231,6 +265,8 @@ def test_sweep_plots_the_figures_against_the_setting(chain: Path, asked: list[st
     ]
     ldm([*words, "--out", str(tmp_path / "steps.png")])
     assert min(Image.open(tmp_path / "steps.png").size) > 100
+    monkeypatch.setattr("pipelines.sweeps.evaluate", lambda *_: pytest.fail("measured again"))
+    ldm([*words, "--out", str(tmp_path / "steps.png")])
     found = [json.loads((tmp_path / "steps" / f"steps-{n}.json").read_text())["protocol"] for n in (1, 2)]
     assert [how.pop("steps") for how in found] == [1, 2] and found[0] == found[1]
 
@@ -333,6 +369,14 @@ def test_copies_are_nearer_than_held_out_pictures() -> None:
         (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--n", "21"], "only 20 pictures"),
         (["evaluate", "{data}", "--data", "{data}", "--extractor", "none"], "holds neither"),
         (
+            ["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--size", "32"],
+            "leave out --size",
+        ),
+        (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--size", "0"], "--size is 0"),
+        (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--steps", "3"], "draws nothing"),
+        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "{data}"], "is a folder"),
+        (["sweep", "steps", "1", "--model", "{vae}", "--data", "{data}", "--out", "x.png"], "draws nothing"),
+        (
             ["sweep", "steps", "1.5", "--model", "{ldm}", "--data", "{data}", "--out", "x.png"],
             "steps is a int",
         ),
@@ -342,6 +386,7 @@ def test_copies_are_nearer_than_held_out_pictures() -> None:
             "no result of `ldm evaluate`",
         ),
         (["classifier", "--data", "scenes", "--out", "x"], "has no classes"),
+        (["classifier", "--data", "{data}", "--epochs", "0", "--out", "x"], "epochs is 0"),
     ],
 )
 def test_bad_input_is_one_sentence(

@@ -147,6 +147,17 @@ def test_a_picture_depends_on_its_own_seed_alone(runs: Path, picture: Image.Imag
     assert (array(both[0]) != array(both[1])).any()
 
 
+def test_the_spacing_of_the_steps_is_heeded(runs: Path, picture: Image.Image) -> None:
+    model = LatentDiffusion.from_pretrained(runs / "inpaint")
+    one, other = (
+        inpaint(model, picture, MASK, PROMPT, steps=4, sampler="ddim", spacing=spacing)[0]
+        for spacing in ("trailing", "leading")
+    )
+    assert (array(one) != array(other)).any()
+    with pytest.raises(ValueError, match="spacing"):
+        inpaint(model, picture, MASK, PROMPT, steps=4, spacing="nothing")  # type: ignore[arg-type]
+
+
 def test_editing_hands_holes_to_a_model_that_was_trained_for_them(runs: Path, picture: Image.Image) -> None:
     model = LatentDiffusion.from_pretrained(runs / "inpaint")
     one, other = (f(model, picture, MASK, PROMPT, steps=2, soft=2) for f in (edited, inpaint))
@@ -171,8 +182,11 @@ def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, pi
         (lambda: upscale(large, picture, noise=0.2), r"noise is 0.2, but must lie in \[0, 0.1\]"),
         (lambda: upscale(large, picture, "a pear"), "prompts are given, but this model draws without"),
         (lambda: upscale(large, picture, tile=7), "tile"),
-        (lambda: restore(plain, picture, samples=2), "samples is 2, which needs a model"),
         (lambda: restore(plain, picture, guidance=2.0), "no prompt to be guided by"),
+        (lambda: upscale(large, picture, seed=-1), "seed is -1"),
+        (lambda: restore(plain, picture, noise=-5), r"noise is -5, but must lie in \[0, 255\]"),
+        (lambda: restore(plain, picture, noise=float("nan")), "noise is nan"),
+        (lambda: restore(plain, picture, noise=60, samples=0), "samples is 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ask()
@@ -199,6 +213,13 @@ def test_a_plain_model_begins_where_the_noise_is(chain: Path, picture: Image.Ima
     with pytest.raises(ValueError, match="less than the last of 5 steps removes"):
         restore(model, spoiled, noise=0.01, steps=5)
     assert restore(model, spoiled.crop((0, 0, 15, 13)), noise=60).size == (15, 13)
+
+
+def test_samples_of_a_plain_model_are_averaged(chain: Path, picture: Image.Image) -> None:
+    model = LatentDiffusion.from_pretrained(chain / "ldm")
+    settings = {"noise": 60, "steps": 20, "sampler": "ddpm"}
+    one, two = (array(restore(model, picture, PROMPT, samples=n, **settings)) for n in (1, 2))
+    assert abs(one - two).max() > 2
 
 
 def test_votes_confidence_and_boxes() -> None:
@@ -275,7 +296,10 @@ def test_the_command_line_has_files_in_and_out(
             ["upscale", str(runs / "upscale"), str(tmp_path / "no.png"), "--out", str(tmp_path / "x")],
             "no.png",
         ),
+        (["restore", str(runs / "restore"), str(tmp_path), "--out", str(tmp_path / "x")], "is a folder"),
         (["restore", str(runs / "restore"), files[0], "--out", str(tmp_path)], "would be replaced"),
+        (["recover", str(runs / "restore"), "--out", str(tmp_path)], "which is a folder"),
+        (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x")], "seed is -1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             ldm(words)
@@ -294,3 +318,9 @@ def test_recovering_is_measured(runs: Path, chain: Path, tmp_path: Path, kind: s
         assert 0 <= figures["mean_iou"] <= 1
     else:
         assert figures["made"]["psnr_db"] > 0 and figures["autoencoder alone"]["psnr_db"] > 0
+
+
+def test_a_run_on_scenes_is_tried_on_other_pictures(runs: Path, fruit: Path, tmp_path: Path) -> None:
+    words = ["recover", str(runs / "restore"), "--data", str(fruit), "--split", "train", "--steps", "1"]
+    ldm([*words, "--out", str(tmp_path / "f.json")])
+    assert json.loads((tmp_path / "f.json").read_text())["trial"]["n"] == 6

@@ -144,6 +144,24 @@ def test_the_command_answers_in_a_sentence(
     assert stopped.value.code == 1 and "holds no config.yaml" in said and "Traceback" not in said
 
 
+@pytest.mark.parametrize("recipe", ["", "a: 1", "run: {seed: 0}", "a: [1", b"\xff"])
+def test_a_folder_with_another_recipe_is_refused(
+    recipe: str | bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(recipe.encode() if isinstance(recipe, str) else recipe)
+    with pytest.raises(SystemExit):
+        ldm(["report", str(tmp_path)])
+    assert "give the folder of a training run" in capsys.readouterr().err
+
+
+def test_pictures_outside_of_the_run_are_not_shown(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "ldm", tmp_path / "ldm")
+    file = tmp_path / "ldm" / "evaluations" / "test.json"
+    Image.new("RGB", (900, 40), "blue").save(tmp_path / "secret.png")
+    file.write_text(file.read_text().replace('"test.png"', '"../../secret.png"'))
+    assert "leads out of that folder" in html.unescape(report(tmp_path / "ldm").read_text())
+
+
 MEASURE = """<!doctype html><body><p id="found"></p><iframe style="width:{width}px;height:800px;border:0"
 srcdoc="{page}" onload="const page = this.contentDocument;
 document.getElementById('found').textContent = 'wide ' + page.documentElement.scrollWidth + ' broken ' +

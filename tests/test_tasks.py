@@ -270,6 +270,14 @@ def test_missing_masks_are_counted_before_anything_is_trained(tmp_path: Path) ->
         with_classes(CLASSES, open_source(DataConfig(size=16)))
 
 
+def test_masks_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(paired(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "masks").rename(tmp_path / "truth")
+    masks = Masks(source, Segment(masks="~/truth", classes=CLASSES.classes))
+    assert masks.mask(0, 16).max() == 2
+
+
 def test_masks_of_scenes_show_what_is_drawn() -> None:
     source = open_source(DataConfig(scenes=ScenesConfig(count=30)), "test")
     task = with_classes(Segment(), source)
