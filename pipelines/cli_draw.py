@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,10 +144,28 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     if options.keep_flagged and not options.checker:
         raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
     credentials_of(options)
-    options.out.mkdir(parents=True, exist_ok=True)
+    asked = [getattr(options, name, None) for name in ("picture", "mask", "first", "second")]
+    for file in [Path(one) for one in asked if one] + getattr(options, "pictures", []):
+        if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
+            spare(file, options.out / file.name)
+    make(options.out)
     checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
     return replace(model, precision=options.precision, reuse=options.reuse), checker
+
+
+def make(out: Path) -> None:
+    """Make the folder for what is drawn; UserError if it can't be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"--out is {out}, which can't be made a folder: {problem.strerror}.") from None
+
+
+def spare(read: Path, written: Path) -> None:
+    """UserError if a picture that is read is also where one might be written."""
+    if read.resolve() == written.resolve():
+        raise UserError(f"{read} lies in --out and would be replaced; choose another folder with --out.")
 
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL
+from pipelines.cli_draw import MODEL, make, spare
 from pipelines.safety import provenance
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def opened(options: argparse.Namespace) -> LatentDiffusion:
     """The model, on the best device; the folder for the results is made first, so that no work is lost."""
     from pipelines.latent_diffusion import LatentDiffusion, best_device
 
-    options.out.mkdir(parents=True, exist_ok=True)
+    make(options.out)
     return LatentDiffusion.from_pretrained(options.model).to(best_device())
 
 
@@ -95,8 +95,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
-        if file.absolute() == Path(f"{options.out / file.stem}.png").absolute():
-            raise UserError(f"The result would take the place of {file}; choose another folder for --out.")
+        spare(file, options.out / f"{file.stem}.png")
     for file in options.pictures:
         yield read_picture(file), options.out / file.stem
 

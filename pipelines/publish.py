@@ -40,10 +40,10 @@ from pipelines.gate import (
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.licenses import license_text, require_license
 from pipelines.memorisation import Copies, find_copies
-from pipelines.release import SHARD, listed, search_secrets, write_release
+from pipelines.release import ALLOWED, SHARD, listed, search_secrets, write_release
 from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
 from pipelines.sheets import contact_sheet, side_by_side
-from pipelines.upload import HubSession, token_of_person, upload
+from pipelines.upload import MANIFEST, HubSession, token_of_person, upload
 
 SHIPPED = Path(__file__).parent / "shipped" / "pipeline.py"
 
@@ -93,6 +93,8 @@ class Publication:
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", self.name, re.ASCII):
             raise UserError(f"{self.name} is no name on the hub; give NAMESPACE/NAME.")
         require_license(self.license)
+        if not re.fullmatch(r"[1-9]\d*[KMGT]B", self.shard):
+            raise UserError(f"--shard is {self.shard}, but must be a size such as 500MB or 5GB.")
 
     @property
     def license_name(self) -> str | None:
@@ -109,13 +111,13 @@ class FinishedRun:
             self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             self.steps, self.seconds = int(self.result["step"]), float(self.result["seconds"])
             self.recipe["data"]["path"], self.recipe["ema_decay"]
+            stage1 = Path(self.recipe["autoencoder"]).expanduser()
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise UserError(
                 f"{folder} is no finished run of train_ldm.py ({problem}); give the folder of one, with config.yaml, "
                 "result.json and model."
             ) from None
         self.folder, self.model = folder, folder / "model"
-        stage1 = Path(self.recipe["autoencoder"]).expanduser()
         there = (stage1 / "config.yaml").is_file() and (stage1 / "result.json").is_file()
         self.stage1 = stage1 if there else None
 
@@ -159,7 +161,7 @@ def publish(what: Publication) -> str:
             message says otherwise.
     """
     token = "" if what.dry_run else token_of_person()
-    terms = checked(what)
+    terms, checker = checked(what)
     run = FinishedRun(what.model)
     model = LatentDiffusion.from_pretrained(run.model)
     source = run.source(what.data) if what.data else None
@@ -193,7 +195,7 @@ def publish(what: Publication) -> str:
             copies=no_copies(images, source, what),
             half=what.half,
         )
-        safety, no_samples = verdict(images, what)
+        safety, no_samples = verdict(images, what, checker)
         samples = [] if no_samples else save_samples(images, request, release, what)
         facts = Facts(
             name=what.name,
@@ -213,14 +215,19 @@ def publish(what: Publication) -> str:
         return send(what, release, token)
 
 
-def checked(what: Publication) -> str:
-    """The licence's text; UserError for what would else fail, or be found useless, after all has been drawn."""
+def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
+    """The licence's text, and who looks at the samples.
+
+    Raises:
+        UserError: for what would else fail, or be found useless, after all has been drawn.
+    """
     require_diffusers()
     if what.credentials and not (what.checker or what.looked_at):
         raise UserError(
             "--credentials sign samples, of which none are published without --checker or --looked-at."
         )
-    return license_text(what.license, what.license_file, what.name.split("/")[0])
+    checker = ClipSafetyChecker.from_pretrained(what.checker) if what.checker else None
+    return license_text(what.license, what.license_file, what.name.split("/")[0]), checker
 
 
 def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
@@ -273,7 +280,8 @@ def send(what: Publication, release: Path, token: str) -> str:
 def emptied(out: Path) -> Path:
     """A new folder, or one that holds an earlier release."""
     if out.exists() and any(out.iterdir()):
-        if not (out / "manifest.json").is_file():
+        files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+        if MANIFEST not in files or not all(map(ALLOWED.fullmatch, files)):
             raise UserError(f"{out} holds something else than a release; give an empty folder with --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -334,18 +342,17 @@ def no_copies(images: list[Image.Image], source: Source | None, what: Publicatio
     return copies
 
 
-def verdict(images: list[Image.Image], what: Publication) -> tuple[str, str]:
+def verdict(images: list[Image.Image], what: Publication, checker: SafetyChecker | None) -> tuple[str, str]:
     """What the card says about safety, and why it shows no samples, or ""."""
-    if what.checker:
-        checker: SafetyChecker = ClipSafetyChecker.from_pretrained(what.checker)
+    if checker:
         flagged = [i for i, found in enumerate(checker(images)) if found.flagged]
         if flagged and not what.looked_at:
             raise UserError(
-                f"The checker {what.checker} flags {len(flagged)} of {len(images)} samples, so nothing was "
+                f"The checker {checker.name} flags {len(flagged)} of {len(images)} samples, so nothing was "
                 "published; look at them with --out DIR and give --looked-at if they are harmless, choose others "
                 "with --prompt, or train on other pictures."
             )
-        said = f"The checker `{leaf(what.checker)}` flagged {len(flagged)} of {len(images)} samples"
+        said = f"The checker `{checker.name}` flagged {len(flagged)} of {len(images)} samples"
         said += "; the author looked at all of them." if what.looked_at else "."
         return said, ""
     if what.looked_at:

@@ -60,7 +60,8 @@ SECRETS = {  # what it looks like -> what it is
     r"(?!\d+\s*[,}\n])(?!null|true|false)[^\s\"',}]{6,}": "a password or key",
 }
 PATHS = (
-    r"(?<![\w.:/])/(?:home|Users|root|mnt|media|workspace|work|data|scratch|tmp|var/folders)/[\w.-]+"
+    r"(?<![\w.:/])/(?:home|Users|root|mnt|media|workspace|work|data|scratch|tmp|var/folders"
+    r"|Volumes|content|kaggle|opt|srv|nfs)/[\w.-]+"
     r"|\b[A-Za-z]:\\\\?Users\\"
 )
 RANDOM = re.compile(r"[A-Za-z0-9]{24,}")

@@ -1,5 +1,6 @@
 """Editing: equal to stock where stock does the same, nearer with less strength, known pixels exact."""
 
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -233,6 +234,8 @@ def test_editing_from_the_command_line(
     hole((16, 16), (0, 0, 8, 8)).save(mask)
     Path(out, "text.png").write_text("no picture")
     Image.new("L", (16, 16), 255).save(tmp_path / "white.png")
+    (tmp_path / "bad").mkdir()
+    shutil.copy(drawn, tmp_path / "bad" / "0003.png")
     few = ["--steps", "2"]
     ldm(["edit", model, drawn, PROMPT, "--strength", "0.5", "--out", f"{out}/edit", *few])
     ldm(["inpaint", model, drawn, PROMPT, "--mask", mask, "--soft", "2", "--out", f"{out}/in", *few])
@@ -265,6 +268,16 @@ def test_editing_from_the_command_line(
         (["vary", model, drawn, PROMPT, "more"], 2, "unrecognized arguments: more"),
         (["interpolate", model, "1", f"{out}/missing.png", PROMPT], 1, "can't be opened"),
         (["interpolate", model, "1", "2", PROMPT, "--size", "16x16"], 1, "no picture to scale"),
+        (
+            ["edit", model, f"{out}/bad/0003.png", PROMPT],
+            1,
+            "bad/0003.png lies in --out and would be replaced",
+        ),
+        (
+            ["interpolate", model, "1", f"{out}/bad/0003.png", PROMPT],
+            1,
+            "lies in --out and would be replaced",
+        ),
     ]:
         with pytest.raises(SystemExit) as ended:
             ldm([*words, "--out", f"{out}/bad"])

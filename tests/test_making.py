@@ -297,7 +297,7 @@ def test_the_command_line_has_files_in_and_out(
             "no.png",
         ),
         (["restore", str(runs / "restore"), str(tmp_path), "--out", str(tmp_path / "x")], "is a folder"),
-        (["restore", str(runs / "restore"), files[0], "--out", str(tmp_path)], "would take the place of"),
+        (["restore", str(runs / "restore"), files[0], "--out", str(tmp_path)], "would be replaced"),
         (["recover", str(runs / "restore"), "--out", str(tmp_path)], "which is a folder"),
         (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x")], "seed is -1"),
     ):

@@ -19,7 +19,7 @@ from pipelines import LatentDiffusion, gate
 from pipelines.card import cell
 from pipelines.cli import main as ldm
 from pipelines.memorisation import find_copies
-from pipelines.publish import Publication, publish
+from pipelines.publish import Publication, emptied, publish
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
 from tests.support import ROOT, TOY, ran
@@ -208,6 +208,18 @@ def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch
         gate.drawn_by_stock(tmp_path, "StableDiffusionPipeline", request, tmp_path)
 
 
+def test_only_an_earlier_release_is_removed(tmp_path: Path) -> None:
+    for name in ("manifest.json", "samples/00.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="holds something else than a release"):
+        emptied(tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "thesis.tex").unlink()
+    assert not [*emptied(tmp_path).iterdir()]
+
+
 def test_pictures_that_differ_stop_it() -> None:
     one, other = (Image.new("RGB", (4, 4), (grey, 0, 0)) for grey in (100, 103))
     assert gate.require_same([one], [one]) == 0
@@ -234,6 +246,8 @@ def test_a_copy_of_a_training_picture_is_found_and_a_new_one_is_not() -> None:
         (["--license", "mit", "--dry-run", "--data", "nowhere"], 1, "There is nothing at nowhere"),
         (["--license", "mit", "--dry-run", "--prompt", "x", "--out", "{ldm}"], 1, "holds something else"),
         (["--license", "mit", "--dry-run", "--prompt", "x", "--looked-art"], 2, "--looked-art"),
+        (["--license", "mit", "--dry-run", "--shard", "much"], 1, "--shard is much"),
+        (["--license", "mit", "--dry-run", "--checker", "{ldm}/model/unet"], 1, "is no safety checker"),
     ],
 )
 def test_bad_requests_are_one_sentence(
@@ -250,6 +264,7 @@ def test_bad_requests_are_one_sentence(
     ("arguments", "message"),
     [
         (["nowhere", NAME], "no finished run"),
+        (["{ldm}/../vae", NAME], "no finished run of train_ldm.py"),
         (["{ldm}", "no-namespace"], "no-namespace is no name on the hub"),
         (["{ldm}", "somebody/früchte"], "somebody/früchte is no name on the hub"),
         (["{ldm}", "somebody/fruit-"], "somebody/fruit- is no name on the hub"),
@@ -296,6 +311,8 @@ PLANTED = [
     "password: " + "correct-horse",
     "api_key=" + "abcdef123456",
     "/home/" + "alice/pictures",
+    "/Volumes/" + "Photos",
+    "/kaggle/" + "input/pictures",
     "wJalrXUtnFEMI7K7MDENGbPxRfi" + "CYEXAMPLEKEY12345",
     "C:\\Users\\" + "alice",
 ]

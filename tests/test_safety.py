@@ -98,14 +98,15 @@ def test_without_a_checker_or_eyes_no_samples_are_shown(stock, tmp_path: Path) -
     def asked(**more: object) -> Publication:
         return Publication(model=tmp_path, name="a/b", license="mit", **more)
 
-    assert "did not say to have looked" in verdict(IMAGES, asked())[1]
-    assert verdict(IMAGES, asked(looked_at=True))[1] == ""
-    flagged = [found.flagged for found in ClipSafetyChecker.from_pretrained(stock[1])(IMAGES)]
+    assert "did not say to have looked" in verdict(IMAGES, asked(), None)[1]
+    assert verdict(IMAGES, asked(looked_at=True), None)[1] == ""
+    checker = ClipSafetyChecker.from_pretrained(stock[1])
+    flagged = [found.flagged for found in checker(IMAGES)]
     assert any(flagged) and not all(flagged)
     with pytest.raises(UserError, match=f"flags {sum(flagged)} of 6 samples, so nothing was published"):
-        verdict(IMAGES, asked(checker=str(stock[1])))
+        verdict(IMAGES, asked(), checker)
     clean = [image for image, bad in zip(IMAGES, flagged, strict=True) if not bad]
-    said, why_not = verdict(clean, asked(checker=str(stock[1])))
+    said, why_not = verdict(clean, asked(), checker)
     assert why_not == "" and f"flagged 0 of {len(clean)} samples" in said
 
 
