@@ -121,6 +121,7 @@ class Bench:
                 "pictures": len(self.source),
                 "split": self.split,
                 "resize": protocol.RESIZE,
+                "background": self.source.config.background,
             },
             "extractors": self.stamps,
             "estimators": SETTINGS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,18 +106,19 @@ def drawing_options(reader: argparse.ArgumentParser) -> None:
 def evaluation(options: argparse.Namespace) -> Evaluation:
     """What the options ask for."""
     from autoencoder.perceptual import PerceptualConfig
-    from ldm.data import DataConfig
     from pipelines.bench import Evaluation
     from pipelines.generation import Drawing
     from pipelines.references import usual_cache
+    from pipelines.stage_one import data_at
 
     asked = tuple(options.extractor or ["inception"])
     if "none" in asked and len(asked) > 1:
         raise UserError("--extractor none is given beside another; remove one of the two.")
     if options.n is not None and options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
+    data = data_at(options.data, options.model)
     return Evaluation(
-        data=DataConfig(path=options.data, text=options.text, label=options.label),
+        data=replace(data, text=options.text or data.text, label=options.label or data.label),
         split=options.split,
         training_split=None if options.training_split == "none" else options.training_split,
         n=options.n,

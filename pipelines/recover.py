@@ -15,14 +15,14 @@ from autoencoder.files import write_text
 from autoencoder.metrics import likeness, psnr
 from ldm.checks import require_int
 from ldm.config import UserError
-from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.data import open_source
 from ldm.inspection import sound
 from ldm.masks import Masks
 from ldm.pictures import to_images, to_tensor
 from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
 from pipelines.examples import Examples
 from pipelines.latent_diffusion import LatentDiffusion, best_device
-from pipelines.stage_one import data_of
+from pipelines.stage_one import data_at
 from pipelines.tasks import restore, voted
 
 SHOWN = 16
@@ -89,10 +89,7 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
         raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
     model = LatentDiffusion.from_pretrained(trial.model).to(best_device())
     task = trial.task(model.task)
-    config = data_of(trial.model) or DataConfig()
-    if trial.data:
-        scenes = config.scenes if trial.data == "scenes" else ScenesConfig()
-        config = replace(config, path=trial.data, scenes=scenes)
+    config = data_at(trial.data, trial.model)
     source = sound(open_source(config, trial.split))
     wanted: Any = Masks(source, task) if isinstance(task, Segment) else source
     examples = Examples.of(model, task, source, wanted, range(min(trial.n, len(source))), trial.seed)

@@ -35,7 +35,7 @@ def features_of(
 
     The first process, which alone may use the result, reads it from `cache` where it is there.
     """
-    about = json.dumps([source.fingerprint, size, extractor.stamp()])
+    about = json.dumps([source.fingerprint, source.config.background, size, extractor.stamp()])
     file = cache / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.safetensors"
     known = _read(file) if state.is_main_process else None
     (there,) = broadcast_object_list([known is not None])

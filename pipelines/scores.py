@@ -92,8 +92,13 @@ def perceptual(config: PerceptualConfig, side: int, device: torch.device) -> tup
 
 
 def likeness(made: Tensor, originals: Tensor, lpips: Perceptual | None) -> dict[str, Tensor]:
-    """Of pictures [B,3,H,W] in [-1, 1]: psnr in dB; ssim, unless they are too small; lpips, if given. [B] each."""
-    found = {"psnr": psnr(made, originals)}
+    """Of pictures [B,3,H,W] in [-1, 1]: psnr in dB, 100 at most; ssim, unless they are too small; lpips, if given.
+
+    [B] each.
+    """
+    found = {
+        "psnr": psnr(made, originals).clamp(max=100)
+    }  # or one equal picture would make the mean infinite
     if min(made.shape[-2:]) >= SMALLEST_FOR_SSIM:
         found["ssim"] = ssim(made, originals)
     if lpips:

@@ -53,7 +53,7 @@ class _Recipe:
 
 
 def data_of(name: str) -> DataConfig | None:
-    """What a stage 1 run was trained on, as its config.yaml says; None for anything but a run."""
+    """What a run was trained on, as its config.yaml says; None for anything but a run."""
     recipe = Path(name).expanduser() / "config.yaml"
     if not recipe.is_file():
         return None
@@ -62,3 +62,18 @@ def data_of(name: str) -> DataConfig | None:
         raise UserError(f"{recipe} says nothing of data; name the pictures with --data.")
     parser = parser_for(_Recipe, str(recipe))
     return parser.instantiate(parser.parse_object({"data": said["data"]})).data
+
+
+def data_at(path: str | None, name: str) -> DataConfig:
+    """The pictures at `path`, by default those that the run `name` was trained on, brought to size as it does.
+
+    Of pictures at another place than its own the run does not say columns, scenes or how they are streamed.
+    """
+    trained = data_of(name)
+    if trained is None:
+        return DataConfig() if path is None else DataConfig(path=path)
+    if path is None or path == trained.path:
+        return trained
+    return DataConfig(
+        path=path, size=trained.size, background=trained.background, max_megapixels=trained.max_megapixels
+    )

@@ -63,7 +63,7 @@ def quick_figures(
         images = to_images(model.decode(drawn(model, held_out, steps, guidance)))
         return {f"{split}_prompts_satisfied": score(images, held_out.scenes)["all"]}
     if held_out.image is not None:
-        made, wanted = (model.decode(z) for z in (drawn(model, held_out, steps, guidance), held_out.z))
+        made, wanted = (model.decode(z).cpu() for z in (drawn(model, held_out, steps, guidance), held_out.z))
         return {f"{split}_made_psnr_db": psnr(made.clamp(-1, 1), wanted.clamp(-1, 1)).mean().item()}
     if len(held_out.z) < 2:  # which have no distance between them
         return {}
@@ -106,8 +106,8 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     2 E|X - Y| - E|X - X'| - E|Y - Y'|, as a share of 2 E|X - Y| (Szekely & Rizzo 2013), without bias, so that it may
     fall a little below 0. Row i of both may belong together; these pairs are left out, as a row's with itself is.
     """
-    x, y = x.double(), y.double()
-    others = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    x, y = x.cpu().double(), y.cpu().double()  # not every device has float64
+    others = ~torch.eye(len(x), dtype=torch.bool)
     across = 2 * torch.cdist(x, y)[others].mean()
     within = torch.pdist(x).mean() + torch.pdist(y).mean()
     return ((across - within) / across).item()

@@ -1,6 +1,7 @@
 """`ldm evaluate`, `compare` and `sweep` on real, tiny models: the same figures however they are computed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, open_source
 from ldm.pictures import to_tensor
 from ldm.scenes import Scenes
+from pipelines import references
 from pipelines.classifier import Classifier, Recogniser, save_recogniser, train_recogniser
 from pipelines.cli import main as ldm
 from pipelines.compare import Row, compare
@@ -29,7 +31,8 @@ from pipelines.generation import Share, bytes_of, spread_out
 from pipelines.memorisation import Near, find_copies, nearer, nearest
 from pipelines.protocol import precision
 from pipelines.references import features_of
-from pipelines.scores import ATTRIBUTES, of_scenes
+from pipelines.scores import ATTRIBUTES, likeness, of_scenes
+from pipelines.stage_one import data_at
 from pipelines.subjects import open_subject, reconstructed
 from tests.support import ran
 
@@ -281,11 +284,12 @@ def test_true_scenes_satisfy_their_captions_and_shuffled_ones_do_not() -> None:
     assert of_scenes(pixels, captions[1:] + captions[:1])[:, 0].mean() < 0.1
 
 
-def test_scenes_are_checked_by_evaluate(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ScenesConfig, "__init__", lambda self, **_: self.__dict__.update(count=12, level=1))
+def test_scenes_are_checked_by_evaluate(chain: Path, tmp_path: Path) -> None:
     words = ["--data", "scenes", "--split", "test", "--n", "4", "--steps", "1", "--extractor", "none"]
     ldm(["evaluate", str(chain / "ldm"), *words, "--out", str(tmp_path / "scenes.json")])
     found = values(tmp_path / "scenes.json")
+    how = json.loads((tmp_path / "scenes.json").read_text())["protocol"]
+    assert how["reference"]["pictures"] == 24  # as the run's recipe says
     assert (
         0 <= found["prompts_satisfied"] <= 1
         and "satisfied_colour" in found
@@ -302,6 +306,11 @@ def test_shares_are_all_of_it_once(processes: int) -> None:
     assert sorted(torch.cat(shares).tolist()) == list(range(17))
     with pytest.raises(ValueError, match="the number of pictures is"):
         Share(SimpleNamespace(process_index=0, num_processes=processes), processes - 1, 4)
+
+
+def test_equal_pictures_have_a_figure_that_a_file_can_hold() -> None:
+    same = torch.ones(2, 3, 16, 16)
+    assert likeness(same, same, None)["psnr"].tolist() == [100.0, 100.0]
 
 
 def test_what_pictures_are_told_is_spread_over_the_data() -> None:
@@ -324,6 +333,45 @@ def test_features_are_kept_until_the_pictures_change(
     for kept in tmp_path.glob("*.safetensors"):
         kept.write_bytes(b"damaged")
     assert torch.equal(features_of(source, size, extractor, state, tmp_path).features, first.features)
+
+
+def test_two_runs_may_keep_the_same_features_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    columns, file = [torch.ones(2, 3)], tmp_path / "f.safetensors"
+
+    def other_run(path: Path) -> None:
+        monkeypatch.undo()
+        child = os.fork()
+        if not child:
+            references._write(file, columns)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+    monkeypatch.setattr("pipelines.references.flush", other_run)
+    references._write(file, columns)
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
+
+
+def test_real_pictures_are_read_as_the_run_read_its_own(
+    chain: Path, pictures: Path, classifier: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(chain / "vae", run)
+    recipe = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(recipe.replace("background: white", "background: black"))
+    for name in ("train", "test"):
+        (tmp_path / "clear" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGBA", (SIDE, SIDE)).save(tmp_path / "clear" / name / f"{i}.png")
+    seen = {}
+    for model in (run, run / "model"):
+        words = ["--data", str(tmp_path / "clear"), "--extractor", str(classifier), "--size", "8"]
+        out = tmp_path / f"{model.name}.json"
+        ldm(["evaluate", str(model), *words, "--cache", str(tmp_path / "cache"), "--out", str(out)])
+        seen[json.loads(out.read_text())["protocol"]["reference"]["background"]] = values(out)["psnr"]
+    assert seen["black"] != seen["white"] and len([*(tmp_path / "cache").iterdir()]) == 2
+    assert data_at(None, str(run)).path == data_at("scenes", str(run)).path == "scenes"
+    assert data_at("scenes", str(run)).scenes.count == 24
+    assert data_at(str(pictures), str(run)).background == "black"
 
 
 def test_the_nearest_are_found_in_batches_and_mirrored(pictures: Path) -> None:
