@@ -96,9 +96,10 @@ def likeness(made: Tensor, originals: Tensor, lpips: Perceptual | None) -> dict[
 
     [B] each.
     """
-    found = {
-        "psnr": psnr(made, originals).clamp(max=100)
-    }  # or one equal picture would make the mean infinite
+    capped = psnr(made.cpu(), originals.cpu()).clamp(
+        max=100
+    )  # or one equal picture would make the mean infinite
+    found = {"psnr": capped}
     if min(made.shape[-2:]) >= SMALLEST_FOR_SSIM:
         found["ssim"] = ssim(made, originals)
     if lpips:
