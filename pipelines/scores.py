@@ -96,10 +96,8 @@ def likeness(made: Tensor, originals: Tensor, lpips: Perceptual | None) -> dict[
 
     [B] each.
     """
-    capped = psnr(made.cpu(), originals.cpu()).clamp(
-        max=100
-    )  # or one equal picture would make the mean infinite
-    found = {"psnr": capped}
+    noise = psnr(made.cpu(), originals.cpu())  # not every device has the float64 that it needs
+    found = {"psnr": noise.clamp(max=100)}  # or one equal picture would make the mean infinite
     if min(made.shape[-2:]) >= SMALLEST_FOR_SSIM:
         found["ssim"] = ssim(made, originals)
     if lpips:
