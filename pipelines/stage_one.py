@@ -57,7 +57,10 @@ def data_of(name: str) -> DataConfig | None:
     recipe = Path(name).expanduser() / "config.yaml"
     if not recipe.is_file():
         return None
-    said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    try:
+        said = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{recipe} is no YAML; give the folder of a training run.") from None
     if not isinstance(said, dict) or "data" not in said:
         raise UserError(f"{recipe} says nothing of data; name the pictures with --data.")
     parser = parser_for(_Recipe, str(recipe))

@@ -372,6 +372,9 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
     assert data_at(None, str(run)).path == data_at("scenes", str(run)).path == "scenes"
     assert data_at("scenes", str(run)).scenes.count == 24
     assert data_at(str(pictures), str(run)).background == "black"
+    (run / "config.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is no YAML"):
+        data_at(None, str(run))
 
 
 def test_the_nearest_are_found_in_batches_and_mirrored(pictures: Path) -> None:
