@@ -27,6 +27,7 @@ from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, Source, open_source
 from ldm.inspection import sound
 from pipelines.card import Facts, Metric, leaf, model_card
+from pipelines.card_figures import evaluated
 from pipelines.credentials import Credentials
 from pipelines.gate import (
     Proof,
@@ -242,7 +243,7 @@ def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
         "parts": parts_of(model),
         "classes": labels.classes if (labels := labels_of(model.conditioner)) else (),
         "autoencoder": identity,
-        "metrics": run.metrics(identity),
+        "metrics": run.metrics(identity) + evaluated(run.folder, weight_hash(model.unet.state_dict())),
     }
 
 
