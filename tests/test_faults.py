@@ -180,9 +180,9 @@ def test_one_then_two_then_one_process_see_the_same_samples_with_the_same_noise(
                 signal.raise_signal(signal.SIGTERM)
 
         before, Run.normal, Run.update = Run.update, normal, update  # type: ignore[method-assign]
-        train(
-            run, "--run.steps", "13", "--show.every", "13", "--run.log_every", "13", "--run.save_every", "13"
-        )
+        every = ("--show.every", "--run.log_every", "--run.save_every", "--run.steps")
+        # Muon's bfloat16 would let the rounding of sums over parts of a batch grow.
+        train(run, "--optimizer.name", "adamw", *(word for name in every for word in (name, "13")))
 
     def one(run: Path) -> int:
         return ended(forked(lambda: seen(run, 0), run.with_suffix(".log")))
@@ -199,8 +199,7 @@ def test_one_then_two_then_one_process_see_the_same_samples_with_the_same_noise(
     assert rows[0] == rows[1] and len(set(rows[0])) == 13 * 4
     epoch = [eval(row)[1] for row in sorted(rows[0], key=lambda row: eval(row)[0])][:24]
     assert sorted(epoch) == list(range(24))
-    # Sums over a process's part of a batch are rounded otherwise, which Muon's bfloat16 lets grow (see test_chain).
-    assert losses(moved) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    assert losses(moved) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
     starts = [json.loads(line) for line in (moved / "history.jsonl").read_text().splitlines()]
     assert [(s["step"], s["processes"]) for s in starts] == [(0, 1), (3, 2), (7, 1)]
 
