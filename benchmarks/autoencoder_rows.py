@@ -14,7 +14,7 @@ from autoencoder.kl import AutoencoderKL
 from benchmarks.models import Shape, autoencoders, hurried, normal
 from benchmarks.timing import Case
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
-from ldm.device import DTYPES, Precision, to_decode, to_encode
+from ldm.device import DTYPES, Precision, to_decode
 
 
 def passes(size: Shape) -> Iterator[Case]:
@@ -46,7 +46,9 @@ def passes(size: Shape) -> Iterator[Case]:
 
 
 def encode(model: AutoencoderKL, pixels: Tensor, precision: Precision) -> Tensor:
-    return to_encode(model, precision)(pixels).mean
+    """As caches are built."""
+    with torch.no_grad(), autocast(precision)():
+        return model.encode(pixels.contiguous(memory_format=torch.channels_last)).mean.float()
 
 
 def decode(model: AutoencoderKL, latents: Tensor, precision: Precision) -> Tensor:

@@ -1,6 +1,6 @@
 """What is done differently on one kind of device than on another, chosen here from measurements (docs/log.md).
 
-Drawing, and coding pictures:
+Drawing and decoding:
     CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed when they are made
     others  the networks as they are, under autocast if bf16 is asked for
 Chosen elsewhere, because one way is the best on all: AdamW in one fused kernel (`ldm.optim`), averages of weights by
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from autoencoder import fast as autoencoder_fast
-from autoencoder.kl import AutoencoderKL, Posterior
+from autoencoder.kl import AutoencoderKL
 from ldm import fast
 from ldm.conditioning import Cond
 from ldm.denoiser import Network
@@ -57,20 +57,6 @@ def to_decode(
             return autoencoder.decode(z).float()
 
     return decode
-
-
-def to_encode(
-    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True
-) -> Callable[[Tensor], Posterior]:
-    """What to call in place of the autoencoder's `encode`, likewise."""
-    if prepare and device_of(autoencoder) == "cpu":
-        return autoencoder_fast.Prepared(autoencoder, DTYPES[precision]).encode
-
-    def encode(x: Tensor) -> Posterior:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return autoencoder.encode(x.contiguous(memory_format=torch.channels_last))
-
-    return encode
 
 
 def device_of(module: torch.nn.Module) -> str:

@@ -103,7 +103,6 @@ class LatentDiffusion:
 
         Args:
             prompts: captions, or names of classes, "" for none in particular; None for a model that is told nothing.
-                A `CutPrompt` warning says what of a caption is beyond the tokenizer's limit.
             classes: for a model of both, the name of a class, or one for each caption.
             steps: sampling steps, from 1 to the number of training levels.
             sampler: one of `ldm.samplers.SAMPLERS`; by default the model's.
@@ -121,10 +120,12 @@ class LatentDiffusion:
             ValueError: names what is out of range or unknown, or seeds that are not as many as the pictures.
             TypeError: names an argument of another type, such as a prompt that is no text.
         """
+        require_int("n", n, 1, 2**31)
+        require_int("batch", batch, 1, 2**31)
         if tile is not None:
             tiling.require_tile(tile, None, self.autoencoder.config.factor)
-        for name, value in (("n", n), ("batch", batch)):
-            require_int(name, value, 1, 2**31)
+        if weak:
+            self.require_weak(weak, negative)
         read = self.read(prompts, n, classes)
         count = len(next(iter(read.values()))) if read else n
         seeds = seeds_of(seed, count)
@@ -134,10 +135,9 @@ class LatentDiffusion:
         with tqdm(total=count, unit="img", disable=not progress) as bar:
             for part in (slice(first, min(count, first + batch)) for first in range(0, count, batch)):
                 some = {key: value[part] for key, value in read.items()}
-                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative, weak=weak)
                 noise = noise_of(seeds[part], shape, self.device)
-                z = sample(denoise, noise(-1) * start, grid, noise=noise)
-                images += to_images(self.decode(z, tile))
+                denoise = self.guided(some, len(seeds[part]), shape, guidance, negative, weak=weak)
+                images += to_images(self.decode(sample(denoise, noise(-1) * start, grid, noise=noise), tile))
                 bar.update(len(seeds[part]))
         return images
 
@@ -176,11 +176,10 @@ class LatentDiffusion:
 
         Args:
             image: what the model's task is given of pictures, [n,C',h,w]; it is the same with and without the words.
-            weak: told the same by its own conditioner, and guided away from.
+            weak: told the same by its own conditioner, and guided away from; `require_weak` says whether it fits.
 
         Raises:
-            ValueError: the image is missing, as something is asked of the model that it was not trained for; or
-                `weak` does not fit.
+            ValueError: the image is missing, as something is asked of the model that it was not trained for.
         """
         if self.task is not None and image is None:
             raise ValueError(f"this model was trained to {self.task.kind} pictures, and can do nothing else")
@@ -190,28 +189,31 @@ class LatentDiffusion:
             )
         height, width = (side * self.autoencoder.config.factor for side in shape[1:])
         cond = self.conditioner({key: value.to(self.device) for key, value in read.items()})
-        null = weak.as_weak(self, read, negative) if weak else self.null(negative, n)
+        null = (
+            weak.conditioner({k: v.to(self.device) for k, v in read.items()})
+            if weak
+            else self.null(negative, n)
+        )
         to, away = (c.sized(height, width)._replace(image=image) for c in (cond, null))
         return guided(self.denoiser(), to, away, guidance, weak=weak.denoiser() if weak else None)
 
-    def as_weak(self, strong: LatentDiffusion, read: dict[str, Tensor], negative: str) -> Cond:
-        """What this model is told while `strong`, told `read`, is guided away from it; ValueError if it can't be."""
+    def require_weak(self, weak: LatentDiffusion, negative: str) -> None:
+        """ValueError if a model can't be what this one is guided away from."""
         if negative:
             raise ValueError(f"negative is {negative!r}, but weak is what is guided away from; leave one out")
-        if weight_hash(self.autoencoder.state_dict()) != weight_hash(strong.autoencoder.state_dict()):
+        if weight_hash(weak.autoencoder.state_dict()) != weight_hash(self.autoencoder.state_dict()):
             raise ValueError("weak has another autoencoder than the model that it should guide")
-        words, own = text_of(strong.conditioner), text_of(self.conditioner)
+        words, own = text_of(self.conditioner), text_of(weak.conditioner)
         if (words and words.vocabulary_hash()) != (own and own.vocabulary_hash()):
             raise ValueError("weak has another vocabulary than the model that it should guide")
-        classes, named = labels_of(strong.conditioner), labels_of(self.conditioner)
+        classes, named = labels_of(self.conditioner), labels_of(weak.conditioner)
         if (classes and classes.classes) != (named and named.classes):
             raise ValueError("weak has other classes than the model that it should guide")
-        return self.conditioner({key: value.to(self.device) for key, value in read.items()})
 
     def read(
         self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Prompts, each n times, as the conditioner's batch."""
+        """Prompts, each n times, as the conditioner's batch; `CutPrompt` warns of what is too long to be read."""
         if classes is not None and not isinstance(self.conditioner, ClassAndText):
             raise ValueError("classes are given, but this model is not told both captions and classes")
         if isinstance(self.conditioner, Unconditional):

@@ -214,17 +214,12 @@ def test_autoencoders(attention: bool, quant: bool, kind: str) -> None:
     plain = randomise(AutoencoderKL(config)).requires_grad_(False)
     fast = PreparedAutoencoder(plain)
     for height, width in ((16, 16), (20, 28), (4, 12)):
-        x = torch.randn(2, 3, height, width)
-        posterior, wanted = fast.encode(x), plain.encode(x)
-        assert difference(posterior.mean, wanted.mean) <= 1e-5
-        assert difference(posterior.logvar, wanted.logvar) <= 1e-5
-        assert difference(fast.decode(wanted.mean), plain.decode(wanted.mean)) <= 1e-5
+        z = torch.randn(2, config.latent_channels, height, width)
+        assert difference(fast.decode(z), plain.decode(z)) <= 1e-5
     half = PreparedAutoencoder(plain, torch.bfloat16)
-    assert 1e-4 < difference(half.decode(wanted.mean), plain.decode(wanted.mean)) <= 0.1
+    assert 1e-4 < difference(half.decode(z), plain.decode(z)) <= 0.1
     with pytest.raises(ValueError, match="z has the shape"):
         fast.decode(torch.zeros(1, 3, 4, 4))
-    with pytest.raises(ValueError, match="multiple of 4"):
-        fast.encode(torch.zeros(1, 3, 6, 8))
 
 
 def test_models_draw_so() -> None:
