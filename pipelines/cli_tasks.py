@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL
+from pipelines.cli_draw import MODEL, class_option, told_one
 from pipelines.cli_out import keep_one, opened, out_options, require_room, spare, speed_options, write
 
 
@@ -46,7 +47,8 @@ def add_tasks(verbs: Any) -> None:
     judge.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     judge.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
     judge.add_argument("--seed", type=int, default=0, help="of what is spoiled, and of what is drawn")
-    judge.add_argument("--masks", default="masks", metavar="DIR", help="for segmentation: the true masks")
+    masks = "for segmentation: the column or folder of the true masks, as segment.masks of a recipe"
+    judge.add_argument("--masks", metavar="NAME", help=masks)
     alone = "for restoration: %s alone, instead of what it was trained on"
     judge.add_argument("--blur", type=float, metavar="PIXELS", help=alone % "Gaussian blur")
     judge.add_argument("--noise", type=float, metavar="X", help=alone % "Gaussian noise of X of 255")
@@ -67,6 +69,7 @@ def task_options(
     reader.add_argument(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
+    class_option(reader)
     help = f"drawn of each picture, and averaged (default {samples})"
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
@@ -89,7 +92,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
             )
     for file in options.pictures:
         spare(file, options.out / f"{file.stem}.png")
-    for file in options.pictures:
+    for file in tqdm(options.pictures, unit="img", disable=len(options.pictures) == 1):
         yield read_picture(file), options.out / file.stem
 
 
@@ -99,31 +102,42 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def note(options: argparse.Namespace, **more: Any) -> dict[str, object]:
     """What a picture says about how it was made."""
-    about = {"model": Path(options.model).name, "task": options.verb, "prompt": options.prompt or ""}
-    return about | settings(options) | more
+    about = {"made_by": f"ldm {options.verb}", "model": Path(options.model).name, "prompt": options.prompt}
+    about |= {"class_name": options.class_name, **settings(options), **more}
+    return {key: value for key, value in about.items() if value is not None}
 
 
 def run_upscale(options: argparse.Namespace) -> None:
     from pipelines.tasks import upscale
 
     model, checker = opened(options)
-    more = {"noise": options.noise, "tile": options.tile}
+    more, words = {"noise": options.noise, "tile": options.tile}, told_one(options, model)
     grows = getattr(model.task, "factor", 1)
     for picture, stem in each(options):
         require_room(options, (picture.width * grows, picture.height * grows))
-        made = upscale(model, picture, options.prompt, **settings(options), **more)
+        made = upscale(model, picture, **words, **settings(options), **more)
         keep_one(made, stem, note(options, **more), options, checker)
     print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 
 def run_restore(options: argparse.Namespace) -> None:
+    from ldm.degradations import noise_level
+    from pipelines.inputs import upright
     from pipelines.tasks import restore
 
     model, checker = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
         require_room(options, picture.size)
-        made = restore(model, picture, options.prompt, noise=options.noise, **settings(options))
-        keep_one(made, stem, note(options, noise=options.noise), options, checker)
+        noise = options.noise
+        if model.task is None and noise is None:
+            noise = round(noise_level(upright(picture)), 1)
+            say = (
+                f"{stem.name}: noise of about {noise} of 255; a model that draws removes Gaussian noise alone"
+            )
+            tqdm.write(say)
+        made = restore(model, picture, **words, noise=noise, **settings(options))
+        keep_one(made, stem, note(options, noise=noise), options, checker)
     print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 
@@ -131,8 +145,9 @@ def run_segment(options: argparse.Namespace) -> None:
     from pipelines.tasks import segment
 
     model, _ = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
-        found = segment(model, picture, options.prompt, **settings(options))
+        found = segment(model, picture, **words, **settings(options))
         confidence = Image.fromarray((found.confidence * 255).round().astype(np.uint8))
         made = {"mask": found.picture(), "confidence": confidence, "boxes": found.over(picture)}
         about = note(options)
