@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
@@ -58,6 +59,15 @@ def accounted(run: Any) -> Iterator[None]:
                 "and these take more"
             )
         raise
+
+
+def let_exchanges_end() -> None:
+    """Have this process wait half a second, once all is done, before it takes Python down.
+
+    A thread of gloo that frees what it last sent needs the interpreter's lock; asking for it any later aborts the
+    process (pytorch issue 190489), and caches of sharded tensors keep these threads beyond the end of their group.
+    """
+    atexit.register(time.sleep, 0.5)
 
 
 class Watchdog:
