@@ -203,6 +203,37 @@ def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
     return {"prompts": prompts or None, "classes": classes or None}
 
 
+def told_one(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
+    """`told`, for the verbs with one prompt; UserError for a class beside it that the model has no place for."""
+    from ldm.conditioning import ClassAndText
+
+    prompt, name = options.prompt, options.class_name
+    if isinstance(model.conditioner, ClassAndText) or name is None:
+        return {"prompt": prompt, "classes": name}
+    if prompt is not None:
+        raise UserError(
+            f"--class is {name!r} and the prompt {prompt!r}, but this model is told one of the two; leave one out."
+        )
+    return {"prompt": name, "classes": None}
+
+
+def class_option(reader: argparse.ArgumentParser) -> None:
+    """For the verbs with one prompt."""
+    help = "the name of a class; for a model of both, beside the caption"
+    reader.add_argument("--class", dest="class_name", metavar="NAME", help=help)
+
+
+def words_of(asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """What each of `count` pictures was told, as notes have it, for what `told` gave."""
+    columns = (
+        [text for text in asked[name] for _ in range(count // len(asked[name]))]
+        if asked[name]
+        else [None] * count
+        for name in ("prompts", "classes")
+    )
+    return [{"prompt": prompt, "class_name": name} for prompt, name in zip(*columns, strict=True)]
+
+
 @contextmanager
 def spoken() -> Iterator[None]:
     """While open, that a prompt was cut is said once, in a sentence."""
@@ -248,25 +279,11 @@ def records(
         "drawn_on": arithmetic(model),
         "guidance": guidance(options),
     } | {name: getattr(options, name) for name in ("negative", "steps", "spacing", "tile", "eta")}
-    each = {
-        name: [text for text in asked[name] for _ in range(count // len(asked[name]))]
-        if asked[name]
-        else [None] * count
-        for name in ("prompts", "classes")
-    }
-    made = []
+    words, made = words_of(asked, count), []
     for i, seed in enumerate(seeds_of(options.seed, count)):
         first = i // options.batch * options.batch
-        made.append(
-            Record(
-                **shared,
-                prompt=each["prompts"][i],
-                class_name=each["classes"][i],
-                seed=seed,
-                batch=min(options.batch, count - first),
-                place=i - first,
-            )
-        )
+        place = {"batch": min(options.batch, count - first), "place": i - first}
+        made.append(Record(**shared, **words[i], seed=seed, **place))
     return made
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL, make, spare
+from pipelines.cli_draw import MODEL, class_option, make, spare, told_one
 from pipelines.safety import provenance
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def add_tasks(verbs: Any) -> None:
     judge.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     judge.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
     judge.add_argument("--seed", type=int, default=0, help="of what is spoiled, and of what is drawn")
-    judge.add_argument("--masks", default="masks", metavar="DIR", help="for segmentation: the true masks")
+    masks = "for segmentation: the column or folder of the true masks, as segment.masks of a recipe"
+    judge.add_argument("--masks", metavar="NAME", help=masks)
     alone = "for restoration: %s alone, instead of what it was trained on"
     judge.add_argument("--blur", type=float, metavar="PIXELS", help=alone % "Gaussian blur")
     judge.add_argument("--noise", type=float, metavar="X", help=alone % "Gaussian noise of X of 255")
@@ -66,6 +68,7 @@ def task_options(reader: argparse.ArgumentParser, run: Any, samples: int, steps:
     reader.add_argument(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
+    class_option(reader)
     help = f"drawn of each picture, and averaged (default {samples})"
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
@@ -96,7 +99,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
             )
     for file in options.pictures:
         spare(file, options.out / f"{file.stem}.png")
-    for file in options.pictures:
+    for file in tqdm(options.pictures, unit="img", disable=len(options.pictures) == 1):
         yield read_picture(file), options.out / file.stem
 
 
@@ -106,29 +109,39 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def note(options: argparse.Namespace, **more: Any) -> Any:
     """What a picture says about how it was made."""
-    about = {"model": Path(options.model).name, "task": options.verb, "prompt": options.prompt or ""}
-    return provenance(**about, **settings(options), **more)
+    about = {"made_by": f"ldm {options.verb}", "model": Path(options.model).name, "prompt": options.prompt}
+    about |= {"class_name": options.class_name, **settings(options), **more}
+    return provenance(**{key: value for key, value in about.items() if value is not None})
 
 
 def run_upscale(options: argparse.Namespace) -> None:
     from pipelines.tasks import upscale
 
     model = opened(options)
-    more = {"noise": options.noise, "tile": options.tile}
+    more, words = {"noise": options.noise, "tile": options.tile}, told_one(options, model)
     for picture, stem in each(options):
-        upscale(model, picture, options.prompt, **settings(options), **more).save(
-            f"{stem}.png", pnginfo=note(options, **more)
-        )
+        made = upscale(model, picture, **words, **settings(options), **more)
+        made.save(f"{stem}.png", pnginfo=note(options, **more))
     print(f"{len(options.pictures)} pictures in {options.out}")
 
 
 def run_restore(options: argparse.Namespace) -> None:
+    from ldm.degradations import noise_level
+    from pipelines.inputs import upright
     from pipelines.tasks import restore
 
     model = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
-        made = restore(model, picture, options.prompt, noise=options.noise, **settings(options))
-        made.save(f"{stem}.png", pnginfo=note(options, noise=options.noise))
+        noise = options.noise
+        if model.task is None and noise is None:
+            noise = round(noise_level(upright(picture)), 1)
+            say = (
+                f"{stem.name}: noise of about {noise} of 255; a model that draws removes Gaussian noise alone"
+            )
+            tqdm.write(say)
+        made = restore(model, picture, **words, noise=noise, **settings(options))
+        made.save(f"{stem}.png", pnginfo=note(options, noise=noise))
     print(f"{len(options.pictures)} pictures in {options.out}")
 
 
@@ -136,8 +149,9 @@ def run_segment(options: argparse.Namespace) -> None:
     from pipelines.tasks import segment
 
     model = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
-        found = segment(model, picture, options.prompt, **settings(options))
+        found = segment(model, picture, **words, **settings(options))
         found.picture().save(f"{stem}-mask.png", pnginfo=note(options))
         confidence = (found.confidence * 255).round().astype(np.uint8)
         Image.fromarray(confidence).save(f"{stem}-confidence.png", pnginfo=note(options))

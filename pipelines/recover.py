@@ -47,8 +47,8 @@ class Trial:
     """Sampling steps"""
     guidance: float = 1.0
     """Scale of guidance; 1 is none"""
-    masks: str = "masks"
-    """For segmentation: the folder of the true masks, as `segment.masks` of a recipe"""
+    masks: str | None = None
+    """For segmentation: where the true masks are, as `segment.masks` of a recipe"""
     seed: int = 0
     """Of what is spoiled, and of what is drawn"""
     blur: float | None = None

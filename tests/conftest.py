@@ -8,6 +8,8 @@ from PIL import Image
 
 import train_ldm
 import train_vae
+from ldm.data import DataConfig, open_source
+from pipelines import LatentDiffusion
 from tests.encoders import publish
 from tests.support import TOY
 
@@ -23,6 +25,18 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def model(chain: Path) -> LatentDiffusion:
+    """The model of `chain`, told captions; not to be changed."""
+    return LatentDiffusion.from_pretrained(chain / "ldm")
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """A drawn scene of 16x16 pixels."""
+    return open_source(DataConfig(size=16)).picture(3, 16)
 
 
 @pytest.fixture(scope="session")
