@@ -13,9 +13,6 @@ from pipelines.cli_draw import (
     MODEL,
     class_option,
     guidance,
-    keep,
-    opened,
-    out_options,
     prompt_options,
     sampled,
     sampling_options,
@@ -25,6 +22,7 @@ from pipelines.cli_draw import (
     told_one,
     words_of,
 )
+from pipelines.cli_out import keep, opened, out_options, require_room
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -107,6 +105,7 @@ def run_edit(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
+    require_room(options, picture.size)
     asked = told(options, model)
     images = image_to_image(model, picture, **asked, strength=options.strength, **sampled(options))
     notes = drawn_notes(options, model, asked, len(images), strength=options.strength)
@@ -120,6 +119,7 @@ def run_inpaint(options: argparse.Namespace) -> None:
     picture = picture_of(options, options.picture)
     mask = picture_of(options, options.mask) if options.mask else None
     model, checker = opened(options)
+    require_room(options, options.canvas or picture.size)
     asked = told(options, model)
     how = {"soft": options.soft, "resample": options.resample}
     if mask:
@@ -136,6 +136,7 @@ def run_vary(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
+    require_room(options, picture.size)
     how, asked = inverted(options) | {"amount": options.amount}, told_one(options, model)
     images = vary(model, picture, **asked, n=options.n, seed=options.seed, **how)
     notes = [notes_of(options, **how, seed=seed) for seed in seeds_of(options.seed, len(images))]
@@ -147,6 +148,7 @@ def run_invert(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
+    require_room(options, picture.size)
     how, asked = inverted(options), told_one(options, model)
     noise = invert(model, picture, **asked, iterations=options.iterations, **how)
     again = drawn_again(model, picture, noise, **asked, **how)
@@ -174,6 +176,8 @@ def run_interpolate(options: argparse.Namespace) -> None:
         )
     first, second = (int(end) if end.isdecimal() else picture_of(options, Path(end)) for end in ends.values())
     model, checker = opened(options)
+    sizes = [end.size for end in (first, second) if not isinstance(end, int)]
+    require_room(options, sizes[0] if sizes else model.size)
     how = inverted(options) | {"to": options.to}
     images = interpolate(model, first, second, **told_one(options, model), count=options.count, **how)
     about = notes_of(options, **how, **{name: Path(end).name for name, end in ends.items()})

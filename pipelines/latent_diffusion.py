@@ -70,6 +70,12 @@ class LatentDiffusion:
             raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(DTYPES)}")
 
     @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of what it draws unless asked for another."""
+        _, height, width = self.latent_shape(None)
+        return width * self.autoencoder.config.factor, height * self.autoencoder.config.factor
+
+    @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
 

@@ -11,7 +11,7 @@ import train_vae
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion
 from tests.encoders import publish
-from tests.support import TOY
+from tests.support import KINDS, TOY
 
 torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
 
@@ -56,3 +56,17 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny published text encoder of each kind."""
     out = tmp_path_factory.mktemp("encoders")
     return {kind: publish(kind, out / kind) for kind in ("clip", "projection", "t5", "bert")}
+
+
+@pytest.fixture(scope="session")
+def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each task that begins with a picture, and `holes`: inpainting that is told nothing."""
+    out = tmp_path_factory.mktemp("tasks")
+    shared = f"--config {TOY}/ldm-plain.yaml --data.path scenes --data.scenes.count 24 --workers 0"
+    for name in (*KINDS, "holes"):
+        more = f"--task {name} --autoencoder {chain}/vae --run.out {out}/{name}"
+        more += " --upscale.factor 2" if name == "upscale" else ""
+        more += " --conditioning.text.width 16 --conditioning.text.heads 2" if name == "inpaint" else ""
+        more = more.replace("--task holes", "--task inpaint --conditioning.kind none")
+        train_ldm.main([*shared.split(), *more.split()])
+    return out

@@ -15,6 +15,8 @@ from ldm.unet_config import UNetConfig
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
+KINDS = ("inpaint", "upscale", "restore", "segment")
+"""Tasks that begin with a picture"""
 PROMPTS = [
     "a large red circle at the top left on a white background",
     "a small blue star at the center on a black background",

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train_ldm
 from ldm.degradations import noisy
 from ldm.paths import Level
 from ldm.random import stream
@@ -23,25 +22,8 @@ from pipelines.editing import image_to_image, inpaint, outpaint
 from pipelines.publish import SHIPPED
 from pipelines.recover import inside, mean_filled, seam
 from pipelines.tasks import Segmentation, in_tiles, restore, segment, upscale, voted
-from tests.support import TOY
+from tests.support import KINDS
 from tests.test_editing import PROMPT, array, hole
-
-KINDS = ("inpaint", "upscale", "restore", "segment")
-
-
-@pytest.fixture(scope="module")
-def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each task, and `holes`: inpainting that is told nothing."""
-    out = tmp_path_factory.mktemp("tasks")
-    shared = f"--config {TOY}/ldm-plain.yaml --data.path scenes --data.scenes.count 24 --workers 0"
-    for name in (*KINDS, "holes"):
-        more = f"--task {name} --autoencoder {chain}/vae --run.out {out}/{name}"
-        more += " --upscale.factor 2" if name == "upscale" else ""
-        more += " --conditioning.text.width 16 --conditioning.text.heads 2" if name == "inpaint" else ""
-        more = more.replace("--task holes", "--task inpaint --conditioning.kind none")
-        train_ldm.main([*shared.split(), *more.split()])
-    return out
-
 
 MASK = hole((16, 16), (4, 4, 12, 16))
 
