@@ -135,7 +135,7 @@ def train_recogniser(data: DataConfig, epochs: int = 6, batch: int = 64, seed: i
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     device, half = best_device(), best_precision() == "bf16"
-    network = Classifier(len(source.classes)).to(device, memory_format=torch.channels_last)
+    network = Classifier(len(source.classes)).to(device).to(memory_format=torch.channels_last)
     pixels, labels, indices = load_pixels(source, data.size), source.labels, order(source, balance=True)
     batch = min(batch, len(indices))
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
