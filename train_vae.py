@@ -157,8 +157,9 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
     else:
         network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
         applied = {k: getattr(network.config, k, None) for k in LATENT_KEYS}
-        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value is not None)
-        run.say(f"going on from {recipe.start}; what it said of its latents no longer applies: {told}")
+        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value not in (None, 0.0, 1.0))
+        lost = f"; what it said of its latents no longer applies: {told}" if told else ""
+        run.say(f"going on from {recipe.start}{lost}")
         network.config = config
     weights = sum(p.numel() for p in network.parameters())
     run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")

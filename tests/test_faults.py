@@ -261,6 +261,31 @@ def test_settings_that_do_not_matter_may_change_and_are_written_down(tmp_path: P
     assert last["step"] == 1
 
 
+def test_a_run_may_be_lengthened_before_its_rate_falls(tmp_path: Path) -> None:
+    rates = ("--optimizer.decay", "linear", "--optimizer.decay_from", "0.5", "--run.steps")
+    assert trained(tmp_path / "straight", *rates, "12") == 0
+
+    def work() -> None:
+        original = Run.save
+
+        def save(run: Run) -> None:
+            original(run)
+            if run.step == 4:
+                run._writer.wait()
+                os._exit(5)
+
+        Run.save = save  # type: ignore[method-assign]
+        train(tmp_path / "run", *rates, "8")
+
+    assert ended(forked(work)) == 5
+    assert trained(tmp_path / "run", *rates, "12") == 0
+    assert alike(tmp_path / "run", tmp_path / "straight")
+    last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
+    assert last["changed"] == ["run.steps was 8 and is 12"]
+    assert trained(tmp_path / "run", *rates, "16") == 1
+    assert "run.steps was 12 and is 16. Set them back" in (tmp_path / "run.log").read_text()
+
+
 def test_a_full_disk_met_in_the_background_ends_the_run(tmp_path: Path) -> None:
     def work() -> None:
         def full(*arguments: object) -> None:
