@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+LIMIT = Path("/sys/fs/cgroup/memory.max")
+"""Of a container, in bytes; or the word max"""
 
 
 class Memory:
@@ -31,7 +33,9 @@ class Memory:
         if self.gpu:
             free, _ = torch.cuda.mem_get_info(self.device)
             return free + torch.cuda.memory_reserved(self.device)
-        return psutil.virtual_memory().available + self.held()
+        there = psutil.virtual_memory().available + self.held()
+        limit = LIMIT.read_text().strip() if LIMIT.exists() else ""
+        return min(there, int(limit)) if limit.isdecimal() else there
 
     def forget(self) -> None:
         """Let `peak` count from here."""

@@ -35,7 +35,11 @@ def evaluate(model: str, what: Evaluation, out: Path | None = None) -> Path | No
     """
     if out and out.is_dir():
         raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
-    bench = Bench(model, what)
+    return measure(Bench(model, what), out)
+
+
+def measure(bench: Bench, out: Path | None = None) -> Path | None:
+    """`evaluate` on a bench that is open already."""
     file = out or usual_name(bench)
     draws = isinstance(bench.subject.model, LatentDiffusion)
     result = of_drawn(bench) if draws else of_reconstructions(bench)

@@ -32,8 +32,6 @@ LOOKED = 2000
 class Drawn:
     """What the processes have made together; figures are then the first one's work, and no other waits for it."""
 
-    size: tuple[int, int]
-    """Width and height"""
     looks: list[tuple[Seen, Seen]]
     """What each extractor says of drawn and of real pictures"""
     scores: dict[str, Tensor]
@@ -42,35 +40,17 @@ class Drawn:
     """Drawn pictures that are kept, `LOOKED` at most"""
     images: list[Image.Image]
     """These"""
-    training: Source | None
-    """The training pictures, if they are searched"""
     learned: Seen | None
-    """What the first extractor says of them"""
+    """What the first extractor says of the training pictures, if they are searched"""
 
 
 def of_drawn(bench: Bench) -> Result:
     """Draw, and compare with the real pictures as sets, with captions and classes, and with what was trained on."""
-    model = bench.subject.model
-    assert isinstance(model, LatentDiffusion)
-    result, say = Result(), told(model, bench.source, bench.indices)
-    drawn = made(bench, model, say, result)
-    drawing = bench.what.drawing
-    looked = drawn.training and {
-        "sha256": drawn.training.fingerprint,
-        "pictures": len(drawn.training),
-        "looked_for": len(drawn.rows),
-    }
-    more: dict[str, Any] = {
-        "told": f"{' and '.join(say) or 'nothing'} of the real pictures, evenly spaced",
-        "guidance": drawing.guidance,
-        "sampler": drawing.sampler or model.sampler,
-        "spacing": "usual" if drawing.sampler or model.spacing is None else model.spacing,
-        "steps": drawing.steps,
-        "seeds": f"{drawing.seed} to {drawing.seed + bench.count - 1}",
-        "clip": bench.clip.stamp if bench.clip else None,
-        "training": looked,
-    }
-    result.protocol = bench.protocol("drawn", drawn.size, **more)
+    result = Result()
+    training = training_pictures(bench, result.left_out)
+    result.protocol = how_drawn(bench, training)
+    say = told(drawer(bench), bench.source, bench.indices)
+    drawn = made(bench, say, training, result.left_out)
     if not bench.state.is_main_process:
         return result
     for extractor, (seen, real) in zip(bench.extractors, drawn.looks, strict=True):
@@ -79,35 +59,68 @@ def of_drawn(bench: Bench) -> Result:
         found |= accuracy(bench, extractor, seen, real, result.left_out) if say else {}
         result.figures |= {bench.named(name, extractor): figure for name, figure in found.items()}
     result.figures |= {name: of_pictures(values) for name, values in drawn.scores.items()}
-    if drawn.training:
-        memorised(bench, drawn, drawn.training, result)
+    if training:
+        memorised(bench, drawn, training, result)
     shown = spread_out(min(SHOWN, len(drawn.rows)), len(drawn.rows))
     captions = [say["prompts"][drawn.rows[i]] for i in shown] if say else None
     result.pictures["drawn"] = contact_sheet([drawn.images[i] for i in shown], captions, columns=8)
     return result
 
 
-def made(bench: Bench, model: LatentDiffusion, say: dict[str, list[str]], result: Result) -> Drawn:
+def drawer(bench: Bench) -> LatentDiffusion:
+    """The model of a bench, which draws."""
+    assert isinstance(bench.subject.model, LatentDiffusion)
+    return bench.subject.model
+
+
+def how_drawn(bench: Bench, training: Source | None) -> dict[str, Any]:
+    """The protocol, known before anything is drawn."""
+    model, drawing = drawer(bench), bench.what.drawing
+    say = told(model, bench.source, bench.indices)
+    looked = training and {
+        "sha256": training.fingerprint,
+        "pictures": len(training),
+        "looked_for": min(LOOKED, bench.count),
+    }
+    return bench.protocol(
+        "drawn",
+        size_of(model),
+        told=f"{' and '.join(say) or 'nothing'} of the real pictures, evenly spaced",
+        guidance=drawing.guidance,
+        sampler=drawing.sampler or model.sampler,
+        spacing="usual" if drawing.sampler or model.spacing is None else model.spacing,
+        steps=drawing.steps,
+        seeds=f"{drawing.seed} to {drawing.seed + bench.count - 1}",
+        clip=bench.clip.stamp if bench.clip else None,
+        training=looked,
+    )
+
+
+def size_of(model: LatentDiffusion) -> tuple[int, int]:
+    """Width and height of the pictures that a model draws."""
+    factor, (_, height, width) = model.autoencoder.config.factor, model.latent_shape(None)
+    return width * factor, height * factor
+
+
+def made(bench: Bench, say: dict[str, list[str]], training: Source | None, left_out: dict[str, str]) -> Drawn:
     """What needs all processes: drawing, features, figures of single pictures."""
-    share, what, state = bench.share, bench.what, bench.state
+    share, what, state, model = bench.share, bench.what, bench.state, drawer(bench)
+    size = size_of(model)
     pixels = draw(model, say, share, what.drawing)
-    size = (pixels.shape[3], pixels.shape[2])
     looks = [
         (seen_of(pixels, one, share), features_of(bench.source, size, one, state, what.cache))
         for one in bench.extractors
     ]
     captions = say["prompts"] if text_of(model.conditioner) else []
-    training, learned = training_pictures(bench, result.left_out), None
+    learned = None
     if training and bench.extractors:
         learned = features_of(training, size, bench.extractors[0], state, what.cache)
     rows = spread_out(min(LOOKED, bench.count), bench.count)
     return Drawn(
-        size=size,
         looks=looks,
-        scores=of_captions(bench, pixels, captions, result.left_out),
+        scores=of_captions(bench, pixels, captions, left_out),
         rows=rows,
         images=images_of(share.whole(pixels, rows)),
-        training=training,
         learned=learned,
     )
 
@@ -171,7 +184,7 @@ def memorised(bench: Bench, drawn: Drawn, training: Source, result: Result) -> N
     source, count = bench.source, len(drawn.rows)
     alike = bench.what.training_split == bench.split
     held = [] if alike else spread_out(min(LOOKED, len(source)), len(source))
-    real = [source.picture(i, drawn.size) for i in held]
+    real = [source.picture(i, drawn.images[0].size) for i in held]
     near = {"pixels": nearest(thumbnails([*drawn.images, *real]), mirrored(training))}
     if drawn.learned:
         seen, known = drawn.looks[0]

@@ -7,37 +7,42 @@ et al. 2016, 10 splits), precision and recall (Kynkäänniemi et al. 2019, 3 nei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ldm.config import UserError
+from pipelines.bootstrap import NEIGHBOURS, anew, drawn_anew
 from pipelines.extractors import Seen, package
 from pipelines.latent_diffusion import best_device
 
 LEAST = 8
-"""Pictures in a set, so that its halves have the four that precision and recall need"""
+"""Pictures in a set: fewer can't show how figures scatter"""
 FEW = 10_000
 """Pictures below which the Fréchet distance is biased upwards so much that the kernel distance is to be preferred"""
 SUBSETS, SUBSET = 100, 1000
 """Of the kernel distance"""
 SPLITS = 10
 """Of the Inception Score"""
-HALVES = 100
-"""Times that each set is halved at random to see how figures scatter"""
-LARGEST = 512
-"""Numbers in a feature vector above which the Fréchet distance is not computed again for each half: it takes minutes"""
+TIMES = 400
+"""Times that pictures are drawn anew to see how figures scatter"""
 SETTINGS = {
     "kid_subsets": SUBSETS,
     "kid_subset_size": SUBSET,
     "inception_score_splits": SPLITS,
-    "neighbours": 3,
+    "neighbours": NEIGHBOURS,
 }
 """What of the above a stamp should say"""
+BOUNDS = {
+    "frechet": (0.0, np.inf),
+    "inception_score": (1.0, np.inf),
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+}
+"""Beyond which a figure can't lie"""
 
 
 @dataclass(frozen=True)
@@ -58,27 +63,19 @@ class Figure:
 def of_sets(made: Seen, real: Seen, *, paired: bool = False, seed: int = 0) -> dict[str, Figure]:
     """Made pictures against real ones: frechet, kid, precision, recall and, of a classifier, inception_score.
 
-    How far a figure scatters is seen on random halves of both sets, drawn without replacement: of n/2 among n, the
-    spread is that of n among infinitely many (the delete-d jackknife, Shao and Wu 1989). Drawing with replacement
-    would put copies of a picture into a set, which neither kernel distance nor precision and recall survive. Halves
-    give other means than the whole, so that the interval is their scatter around the value of the whole. Of pictures
-    that are `paired`, made from the real one in the same place, both are in a half or neither.
+    Errors and intervals are of the bootstrap over the pictures of both sets (`pipelines.bootstrap`), laid around the
+    value of the whole. They say how it would differ if as many other pictures were made, and other real ones taken; not
+    how far it is biased, as the Fréchet distance of few pictures is. Where both sets are alike they are too wide rather
+    than too narrow. Of pictures that are `paired`, made from the real one in the same place, both are drawn or neither.
     """
     require_enough(len(made.features), len(real.features))
-    whole = measured(made, real, SUBSETS, frechet=True)
-    scatter: dict[str, list[float]] = {}
     rng = np.random.default_rng(seed)
-    again = made.features.shape[1] <= LARGEST
-    for _ in tqdm(range(HALVES), desc="scatter of the figures", unit="half", leave=False):
-        rows = [rng.permutation(len(seen.features))[: len(seen.features) // 2] for seen in (made, real)]
-        parts = [made.rows(rows[0]), real.rows(rows[0] if paired else rows[1])]
-        for name, value in measured(parts[0], parts[1], 10, frechet=again).items():
-            scatter.setdefault(name, []).append(value)
-    figures = {name: scattered(value, scatter.get(name, [])) for name, value in whole.items()}
-    for name in ("precision", "recall"):  # which are shares
-        low, high = figures[name].interval or (0.0, 1.0)
-        figures[name] = replace(figures[name], interval=(max(0.0, low), min(1.0, high)))
-    return figures
+    w = drawn_anew(len(made.features), TIMES, rng)
+    v = w if paired else drawn_anew(len(real.features), TIMES, rng)
+    again = anew(made, real, w, v)
+    return {
+        name: around(value, again[name], BOUNDS.get(name)) for name, value in measured(made, real).items()
+    }
 
 
 def require_enough(made: int, real: int) -> None:
@@ -89,17 +86,16 @@ def require_enough(made: int, real: int) -> None:
         )
 
 
-def scattered(value: float, again: Sequence[float]) -> Figure:
-    """A figure of the whole with how it scattered; without, if that is not known."""
-    if not again:
-        return Figure(value)
-    around = np.asarray(again) - np.mean(again)
-    low, high = (value + float(np.quantile(around, share)) for share in (0.025, 0.975))
-    return Figure(value, float(np.std(around, ddof=1)), (low, high))
+def around(value: float, again: Tensor, bounds: tuple[float, float] | None = None) -> Figure:
+    """A figure of the whole with the scatter of its repetitions [times] around their own mean."""
+    off = (again - again.mean()).numpy()
+    low, high = (value + float(np.quantile(off, share)) for share in (0.025, 0.975))
+    least, most = bounds or (-np.inf, np.inf)
+    return Figure(value, float(off.std(ddof=1)), (max(least, low), min(most, high)))
 
 
-def measured(made: Seen, real: Seen, subsets: int, *, frechet: bool) -> dict[str, float]:
-    """The figures alone; the costly Fréchet distance only if wanted, the Inception Score only of a classifier."""
+def measured(made: Seen, real: Seen) -> dict[str, float]:
+    """The figures alone; the Inception Score only of a classifier."""
     package("torch_fidelity")
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -107,12 +103,11 @@ def measured(made: Seen, real: Seen, subsets: int, *, frechet: bool) -> dict[str
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     one, other = made.features.double(), real.features.double()
-    found: dict[str, float] = {}
-    if frechet:
-        statistics = [fid_features_to_statistics(features) for features in (one, other)]
-        distance = fid_statistics_to_metric(*statistics, verbose=False)
-        found["frechet"] = distance["frechet_inception_distance"]
+    statistics = [fid_features_to_statistics(features) for features in (one, other)]
+    distance = fid_statistics_to_metric(*statistics, verbose=False)
+    found = {"frechet": distance["frechet_inception_distance"]}
     size = min(SUBSET, len(one), len(other))
+    subsets = SUBSETS if size < max(len(one), len(other)) else 1  # all of both, the same each time
     kernel = kid_features_to_metric(one, other, kid_subsets=subsets, kid_subset_size=size, verbose=False)
     found["kid"] = kernel["kernel_inception_distance_mean"]
     device = best_device()
@@ -126,10 +121,9 @@ def measured(made: Seen, real: Seen, subsets: int, *, frechet: bool) -> dict[str
     return found
 
 
-def of_pictures(values: Tensor, seed: int = 0, times: int = 1000) -> Figure:
+def of_pictures(values: Tensor, seed: int = 0) -> Figure:
     """The mean of a figure [N] that each picture has of its own, by the bootstrap over pictures."""
-    numbers = values.double().numpy()
+    numbers = values.double()
     rng = np.random.default_rng(seed)
-    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(times)]
-    low, high = (float(np.quantile(means, share)) for share in (0.025, 0.975))
-    return Figure(float(numbers.mean()), float(np.std(means, ddof=1)), (low, high))
+    again = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(1000)]
+    return around(numbers.mean().item(), torch.stack(again))

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ldm.config import flat
 
-PACKAGES = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "pillow")
+OURS = "ldm-from-scratch"
+PACKAGES = (OURS, "torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "pillow")
 RESIZE = "Lanczos with antialiasing, cropped in the middle"
 """How `Source.picture` brings real pictures to the size of drawn ones"""
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of the packages that figures depend on, and the kind of device."""
+    """Of the packages that figures depend on, our own with its commit, and the kind of device."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES if installed(name)}
+    if known := commit(Path(__file__).parents[1]):
+        found[OURS] = f"{found.get(OURS, 'not installed')}, commit {known}"
     return found | {"device": device.type}
+
+
+@cache
+def commit(folder: Path) -> str:
+    """The commit of a git checkout, with "-dirty" if files differ from it; "" if the folder is none.
+
+    Asked once a process, as what runs is what was read then.
+    """
+    if not (folder / ".git").exists():  # a checkout of something else may lie around an installed package
+        return ""
+    words = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it refuses to read
+        return ""
 
 
 def installed(name: str) -> bool:

@@ -84,5 +84,5 @@ def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: Shown) -> N
         n = 1 if told else config.count
         images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
         sheet = contact_sheet(images, told.get("prompts"))
-    sheet.info |= ORIGIN
+    sheet.info.update(ORIGIN)
     run.picture(sheet, "drawn")

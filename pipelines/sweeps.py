@@ -10,9 +10,10 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from ldm.config import UserError
-from pipelines.bench import Evaluation
+from pipelines.bench import Bench, Evaluation
 from pipelines.compare import read_result
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import measure
+from pipelines.evaluate_drawn import how_drawn, training_pictures
 from pipelines.protocol import differing
 from pipelines.subjects import kind_of
 
@@ -24,7 +25,7 @@ SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid"
 def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
     """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
 
-    What is there already is taken for done, which is said.
+    What is there of the same weights, measured in the same way, is taken for done, which is said.
 
     Raises:
         UserError: the model draws nothing.
@@ -34,12 +35,23 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
     files = []
     for value in dict.fromkeys(values):
         file = folder / f"{setting}-{value}.json"
-        if file.exists():
-            print(f"{file} is there already; remove it to have it measured again")
-        else:
-            evaluate(model, replace(what, drawing=replace(what.drawing, **{setting: value})), file)
+        bench = Bench(model, replace(what, drawing=replace(what.drawing, **{setting: value})))
+        if not measured_before(file, bench):
+            measure(bench, file)
         files.append(file)
     return files
+
+
+def measured_before(file: Path, bench: Bench) -> bool:
+    """Whether a file holds what the bench would find, or something else, which is said."""
+    if not file.exists():
+        return False
+    kept, now = read_result(file), how_drawn(bench, training_pictures(bench, {}))
+    differences = differing(kept["protocol"], now) + differing(kept.get("model", {}), bench.subject.about)
+    if bench.state.is_main_process:
+        otherwise = f"of something else ({'; '.join(differences)}), and is written anew"
+        print(f"{file} is {otherwise if differences else 'there already'}")
+    return not differences
 
 
 def plot(files: Sequence[Path], setting: Setting) -> Figure:

@@ -8,10 +8,12 @@ from PIL import Image
 
 import train_ldm
 import train_vae
-from ldm.data import DataConfig, open_source
+from ldm.data import DataConfig, ScenesConfig, open_source
 from pipelines import LatentDiffusion
+from pipelines.classifier import Classifier, Recogniser, save_recogniser
+from pipelines.cli import main as ldm
 from tests.encoders import publish
-from tests.support import KINDS, TOY
+from tests.support import DRAWING, JUDGED, KINDS, SIDE, TOY
 
 torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
 
@@ -70,3 +72,45 @@ def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         more = more.replace("--task holes", "--task inpaint --conditioning.kind none")
         train_ldm.main([*shared.split(), *more.split()])
     return out
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes with their captions, in train/one, train/two, test/one and test/two."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for split in ("train", "test"):
+        source = open_source(DataConfig(size=SIDE, scenes=ScenesConfig(count=JUDGED)), split)
+        for i in range(JUDGED):
+            place = folder / split / ("one", "two")[i % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            source.picture(i, SIDE).save(place / f"{i:02d}.png")
+            (place / f"{i:02d}.txt").write_text(source.texts[i])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights, but normalised as if by training, so that features have a spread."""
+    torch.manual_seed(0)
+    folder, network = tmp_path_factory.mktemp("classifier") / "untrained", Classifier(2)
+    with torch.no_grad():
+        for _ in range(30):
+            network(torch.rand(32, 3, SIDE, SIDE) * 2 - 1)
+    save_recogniser(Recogniser(network.eval(), ("one", "two"), SIDE, {}), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def asked(pictures: Path, classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of `ldm evaluate`: the real pictures, and what judges them."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    return ["--data", str(pictures), "--extractor", str(classifier), "--cache", cache, "--lpips", "vgg"]
+
+
+@pytest.fixture(scope="session")
+def result(chain: Path, asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `ldm evaluate` found of the chain."""
+    pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
+    file = tmp_path_factory.mktemp("result") / "a.json"
+    ldm(["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--out", str(file)])
+    return file

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
 KINDS = ("inpaint", "upscale", "restore", "segment")
 """Tasks that begin with a picture"""
+SIDE, JUDGED = 16, 20
+"""Of the pictures that evaluations are tried on: pixels along a side, and how many are in each split"""
+DRAWING = ["--count", "17", "--steps", "2", "--guidance", "2"]
+"""How the evaluation `result` draws"""
 PROMPTS = [
     "a large red circle at the top left on a white background",
     "a small blue star at the center on a black background",
@@ -90,3 +94,8 @@ def flip(path: Path) -> None:
 
 def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
+
+
+def values(result: Path) -> dict[str, float]:
+    """The figures that `ldm evaluate` wrote, without their errors."""
+    return {name: figure["value"] for name, figure in json.loads(result.read_text())["figures"].items()}

@@ -11,9 +11,6 @@ from autoencoder.store import weight_hash
 from ldm.config import UserError
 from pipelines import LatentDiffusion
 from pipelines.card_figures import evaluated
-from tests.test_evaluate import asked, classifier, pictures, result
-
-__all__ = ["asked", "classifier", "pictures", "result"]  # fixtures
 
 
 def test_figures_of_these_weights_alone(chain: Path, result: Path, tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-"""`ldm evaluate`, `compare` and `sweep` on real, tiny models: the same figures however they are computed."""
+"""`ldm evaluate` on real, tiny models: the same figures however they are computed."""
 
 import json
-import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,75 +12,18 @@ from safetensors.torch import save_file
 
 pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
 
-from accelerate import PartialState
 
 from autoencoder.metrics import psnr
 from autoencoder.vq import VQConfig, VQModel
 from ldm.config import UserError
-from ldm.data import DataConfig, ScenesConfig, open_source
+from ldm.data import DataConfig, open_source
 from ldm.pictures import to_tensor
-from ldm.scenes import Scenes
-from pipelines import references
-from pipelines.classifier import Classifier, Recogniser, save_recogniser, train_recogniser
+from pipelines.classifier import train_recogniser
 from pipelines.cli import main as ldm
-from pipelines.compare import Row, compare
 from pipelines.extractors import open_extractor
-from pipelines.generation import Share, bytes_of, spread_out
-from pipelines.memorisation import Near, find_copies, nearer, nearest
-from pipelines.protocol import precision
-from pipelines.references import features_of
-from pipelines.scores import ATTRIBUTES, likeness, of_scenes
 from pipelines.stage_one import data_at
 from pipelines.subjects import open_subject, reconstructed
-from tests.support import ran
-
-SIDE, COUNT = 16, 20
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn scenes with their captions, in train/circles, train/squares and test/..."""
-    folder = tmp_path_factory.mktemp("pictures")
-    for split in ("train", "test"):
-        source = open_source(DataConfig(size=SIDE, scenes=ScenesConfig(count=COUNT)), split)
-        for i in range(COUNT):
-            place = folder / split / ("one", "two")[i % 2]
-            place.mkdir(parents=True, exist_ok=True)
-            source.picture(i, SIDE).save(place / f"{i:02d}.png")
-            (place / f"{i:02d}.txt").write_text(source.texts[i])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights, but normalised as if by training, so that features have a spread."""
-    torch.manual_seed(0)
-    folder, network = tmp_path_factory.mktemp("classifier") / "untrained", Classifier(2)
-    with torch.no_grad():
-        for _ in range(30):
-            network(torch.rand(32, 3, SIDE, SIDE) * 2 - 1)
-    save_recogniser(Recogniser(network.eval(), ("one", "two"), SIDE, {}), folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def asked(pictures: Path, classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return ["--data", str(pictures), "--extractor", str(classifier), "--cache", cache, "--lpips", "vgg"]
-
-
-DRAWING = ["--count", "17", "--steps", "2", "--guidance", "2"]
-
-
-@pytest.fixture(scope="session")
-def result(chain: Path, asked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("result") / "a.json"
-    ldm(["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--out", str(file)])
-    return file
-
-
-def values(file: Path) -> dict[str, float]:
-    return {name: figure["value"] for name, figure in json.loads(file.read_text())["figures"].items()}
+from tests.support import DRAWING, JUDGED, SIDE, ran, values
 
 
 def test_processes_and_batches_do_not_change_the_figures(
@@ -118,7 +59,7 @@ def test_the_result_says_how_it_was_measured(result: Path, chain: Path) -> None:
     how = content["protocol"]
     assert (how["n"], how["guidance"], how["steps"], how["sampler"]) == (17, 2.0, 2, "dpmpp_2m")
     assert how["seeds"] == "0 to 16" and how["weights"] == "averaged" and how["precision"] == "float32"
-    assert how["reference"]["split"] == "test" and how["reference"]["pictures"] == COUNT
+    assert how["reference"]["split"] == "test" and how["reference"]["pictures"] == JUDGED
     assert len(how["extractors"]["untrained"]["weights_sha256"]) == 64
     assert "antialiasing" in how["extractors"]["untrained"]["resize"]
     assert {"torch", "torch-fidelity"} <= how["versions"].keys()
@@ -142,51 +83,6 @@ def test_raw_weights_are_others_and_the_result_lies_in_the_run(
     assert mine["model"]["autoencoder_sha256"] == theirs["model"]["autoencoder_sha256"]
 
 
-def test_compare_refuses_what_was_measured_otherwise(
-    result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = json.loads(result.read_text())
-    other["protocol"]["guidance"] = 7.0
-    other["figures"]["kid"]["value"] += 100
-    (tmp_path / "b.json").write_text(json.dumps(other))
-    with pytest.raises(SystemExit) as ended:
-        ldm(["compare", str(result), str(tmp_path / "b.json")])
-    said = capsys.readouterr().err
-    assert ended.value.code == 1 and "guidance: 2.0 and 7.0" in said and "steps" not in said
-    ldm(["compare", str(result), str(tmp_path / "b.json"), "--but", "guidance"])
-    table = capsys.readouterr().out.splitlines()
-    (kid,) = [line for line in table if line.startswith("kid ")]
-    (fd,) = [line for line in table if line.startswith("fd ")]
-    assert "the first is better" in kid and "within chance" in fd
-    assert "17 pictures are few" in table[-1]
-
-
-def test_compare_refuses_fields_that_are_not_there_and_values_that_are_no_numbers(
-    result: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match="'guidnce', but the protocols have no such field"):
-        compare(result, result, ["guidnce"])
-    assert compare(result, result, ["reference"])
-    other = json.loads(result.read_text())
-    other["figures"]["kid"]["value"] = "much"
-    (tmp_path / "b.json").write_text(json.dumps(other))
-    with pytest.raises(UserError, match="no number"):
-        compare(result, tmp_path / "b.json")
-
-
-def test_the_stamp_says_where_less_than_float32_is_computed_in() -> None:
-    assert precision(torch.device("cpu")) == "float32"
-    assert precision(torch.device("cuda")) == "float32, convolutions in TF32"  # torch's default
-
-
-def test_a_difference_is_judged_by_its_error_and_direction() -> None:
-    figure = {"value": 1.0, "error": 0.1, "interval": [0.8, 1.2]}
-    assert "within chance" in Row("fid", figure, figure | {"value": 1.2}).verdict
-    assert "the first is better" in Row("fid", figure, figure | {"value": 1.4}).verdict
-    assert "the second is better" in Row("precision", figure, figure | {"value": 1.4}).verdict
-    assert "not known" in Row("fid", figure, figure | {"error": None}).verdict
-
-
 def test_an_autoencoder_is_measured_picture_by_picture(
     chain: Path, asked: list[str], pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +94,7 @@ def test_an_autoencoder_is_measured_picture_by_picture(
     assert figures.keys() == {"psnr", "ssim", "rfd", "rkid"}
     assert "vgg16-397923af.pth" in content["left_out"]["lpips"]
     source = open_source(DataConfig(path=str(pictures)), "test")
-    x = torch.stack([to_tensor(source.picture(i, SIDE)) for i in range(COUNT)])
+    x = torch.stack([to_tensor(source.picture(i, SIDE)) for i in range(JUDGED)])
     coder = open_subject(str(chain / "vae"), "averaged", torch.device("cpu")).model
     assert figures["psnr"] == pytest.approx(psnr(reconstructed(coder, x), x).mean().item(), rel=1e-4)
 
@@ -250,40 +146,6 @@ def test_lpips_is_measured_where_its_weights_are(chain: Path, asked: list[str], 
         ldm(["evaluate", str(chain / "vae"), *words, "--lpips-weights", str(tmp_path / "none.safetensors")])
 
 
-def test_sweep_plots_the_figures_against_the_setting(
-    chain: Path, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [
-        "sweep",
-        "steps",
-        "1",
-        "2",
-        "--model",
-        str(chain / "ldm"),
-        *asked,
-        "--n",
-        "8",
-        "--training-split",
-        "none",
-    ]
-    ldm([*words, "--out", str(tmp_path / "steps.png")])
-    assert min(Image.open(tmp_path / "steps.png").size) > 100
-    monkeypatch.setattr("pipelines.sweeps.evaluate", lambda *_: pytest.fail("measured again"))
-    ldm([*words, "--out", str(tmp_path / "steps.png")])
-    found = [json.loads((tmp_path / "steps" / f"steps-{n}.json").read_text())["protocol"] for n in (1, 2)]
-    assert [how.pop("steps") for how in found] == [1, 2] and found[0] == found[1]
-
-
-def test_true_scenes_satisfy_their_captions_and_shuffled_ones_do_not() -> None:
-    scenes = Scenes(64, size=64, split="test")
-    captions = [scenes.scene(i).caption() for i in range(64)]
-    pixels = bytes_of([scenes[i]["image"] for i in range(64)])
-    true = of_scenes(pixels, captions)
-    assert true[:, 0].mean() >= 0.98
-    assert true[:, ATTRIBUTES.index("relation")].isnan().all()  # of two things, and here is one
-    assert of_scenes(pixels, captions[1:] + captions[:1])[:, 0].mean() < 0.1
-
-
 def test_scenes_are_checked_by_evaluate(chain: Path, tmp_path: Path) -> None:
     words = ["--data", "scenes", "--split", "test", "--n", "4", "--steps", "1", "--extractor", "none"]
     ldm(["evaluate", str(chain / "ldm"), *words, "--out", str(tmp_path / "scenes.json")])
@@ -295,60 +157,6 @@ def test_scenes_are_checked_by_evaluate(chain: Path, tmp_path: Path) -> None:
         and "satisfied_colour" in found
         and "satisfied_relation" not in found
     )
-
-
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_shares_are_all_of_it_once(processes: int) -> None:
-    shares = []
-    for rank in range(processes):
-        state = SimpleNamespace(process_index=rank, num_processes=processes)
-        shares.append(Share(state, 17, 4).rows)
-    assert sorted(torch.cat(shares).tolist()) == list(range(17))
-    with pytest.raises(ValueError, match="the number of pictures is"):
-        Share(SimpleNamespace(process_index=0, num_processes=processes), processes - 1, 4)
-
-
-def test_equal_pictures_have_a_figure_that_a_file_can_hold() -> None:
-    same = torch.ones(2, 3, 16, 16)
-    assert likeness(same, same, None)["psnr"].tolist() == [100.0, 100.0]
-
-
-def test_what_pictures_are_told_is_spread_over_the_data() -> None:
-    assert spread_out(3, 10) == [0, 3, 6] and spread_out(5, 2) == [0, 1, 0, 1, 0]
-
-
-def test_features_are_kept_until_the_pictures_change(
-    pictures: Path, classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extractor = open_extractor(str(classifier), torch.device("cpu"))
-    state, size = PartialState(cpu=True), (SIDE, SIDE)
-    source = open_source(DataConfig(path=str(pictures)), "test")
-    first = features_of(source, size, extractor, state, tmp_path)
-    monkeypatch.setattr("pipelines.references.pixels_of", lambda *_: pytest.fail("read again"))
-    again = features_of(open_source(DataConfig(path=str(pictures)), "test"), size, extractor, state, tmp_path)
-    assert torch.equal(first.features, again.features) and torch.equal(first.logits, again.logits)
-    monkeypatch.undo()
-    features_of(source.chosen(range(10)), size, extractor, state, tmp_path)
-    assert len([*tmp_path.glob("*.safetensors")]) == 2
-    for kept in tmp_path.glob("*.safetensors"):
-        kept.write_bytes(b"damaged")
-    assert torch.equal(features_of(source, size, extractor, state, tmp_path).features, first.features)
-
-
-def test_two_runs_may_keep_the_same_features_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    columns, file = [torch.ones(2, 3)], tmp_path / "f.safetensors"
-
-    def other_run(path: Path) -> None:
-        monkeypatch.undo()
-        child = os.fork()
-        if not child:
-            references._write(file, columns)
-            os._exit(0)
-        assert os.waitpid(child, 0)[1] == 0
-
-    monkeypatch.setattr("pipelines.references.flush", other_run)
-    references._write(file, columns)
-    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
 
 
 def test_real_pictures_are_read_as_the_run_read_its_own(
@@ -375,29 +183,6 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
     (run / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="is no YAML"):
         data_at(None, str(run))
-
-
-def test_the_nearest_are_found_in_batches_and_mirrored(pictures: Path) -> None:
-    rng = torch.Generator().manual_seed(0)
-    others, real = torch.randn(5, 6, generator=rng), torch.randn(130, 6, generator=rng)
-    found = nearest(others, ([part] for part in real.split(40)))
-    distances = torch.cdist(others, real)
-    assert torch.equal(found.indices[:, 0], distances.argmin(1))
-    assert torch.allclose(found.distances, distances.sort(1).values[:, :50], atol=1e-5)
-    source = open_source(DataConfig(path=str(pictures)), "train")
-    copy = source.picture(3, 32).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    assert find_copies([copy], source).nearest == (3,)
-
-
-def test_copies_are_nearer_than_held_out_pictures() -> None:
-    def near(*distances: float) -> Near:
-        return Near(torch.tensor(distances)[:, None], torch.zeros(len(distances), 1, dtype=torch.int64))
-
-    held = near(1.0, 2.0, 3.0, 4.0)
-    assert nearer(near(0.5, 2.5, 9.0), held).tolist() == [1.0, 0.5, 0.0]
-    rng = np.random.default_rng(0)
-    alike = nearer(near(*rng.uniform(size=500)), near(*rng.uniform(size=500)))
-    assert abs(alike.mean().item() - 0.5) < 0.05
 
 
 @pytest.mark.parametrize(
