@@ -27,7 +27,8 @@ from ldm.data import DataConfig, Source, open_source
 from ldm.denoiser import Denoiser
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import accounted, explain
+from ldm.estimate import undertake
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.masks import Masks, with_classes
 from ldm.optim import OptimizerConfig, as_judged, make_optimizer
@@ -115,9 +116,7 @@ def main(argv: Sequence[str]) -> None:
     if dry:
         rehearse(recipe, train)
     else:
-        run = Run(recipe.run, recipe)
-        with accounted(run):
-            train(recipe, run)
+        undertake(recipe, train, rehearsed=train)
 
 
 def train(recipe: Recipe, run: Run) -> None:

@@ -35,7 +35,8 @@ from ldm.contract import Contract
 from ldm.data import Source, open_source, shown_source
 from ldm.dry_run import rehearse
 from ldm.ema import EMA
-from ldm.faults import accounted, explain
+from ldm.estimate import undertake
+from ldm.faults import explain
 from ldm.inspection import inspected
 from ldm.optim import as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
@@ -53,11 +54,14 @@ def main(argv: Sequence[str]) -> None:
     argv, dry = without(DRY_RUN, argv)
     recipe = settled(load(Recipe, argv, prog="train_vae.py"))
     if dry:
-        rehearse(recipe, lambda recipe, run: train(hurried(recipe), run))
+        rehearse(recipe, rehearsed)
     else:
-        run = Run(recipe.run, recipe)
-        with accounted(run):
-            train(recipe, run)
+        undertake(recipe, train, rehearsed)
+
+
+def rehearsed(recipe: Recipe, run: Run) -> None:
+    """`train`, as a dry run does it."""
+    train(hurried(recipe), run)
 
 
 def train(recipe: Recipe, run: Run) -> None:
@@ -153,8 +157,9 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
     else:
         network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
         applied = {k: getattr(network.config, k, None) for k in LATENT_KEYS}
-        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value is not None)
-        run.say(f"going on from {recipe.start}; what it said of its latents no longer applies: {told}")
+        told = ", ".join(f"{key} {value}" for key, value in applied.items() if value not in (None, 0.0, 1.0))
+        lost = f"; what it said of its latents no longer applies: {told}" if told else ""
+        run.say(f"going on from {recipe.start}{lost}")
         network.config = config
     weights = sum(p.numel() for p in network.parameters())
     run.say(f"autoencoder of kind {recipe.kind}: {weights:,} weights, factor {config.factor}")

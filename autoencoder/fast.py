@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.fast_blocks import Doubling, Norm, Residual
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
 from autoencoder.model import Decoder, MidBlock, check_latents
-from autoencoder.packed import Conv, Doubling, Linear, Norm, Residual, maps, rows
+from autoencoder.packed import Conv, Linear, maps, rows
 
 
 class Prepared:
@@ -28,6 +29,15 @@ class Prepared:
         self.conv_in, self.conv_out = Conv(network.conv_in, dtype), Conv(network.conv_out, dtype)
         self.layers = [prepared(layer, dtype) for layer in in_order(network)]
         self.norm_out = Norm(network.conv_norm_out, dtype)
+
+    def norms(self) -> Iterator[Norm]:
+        """All normalisations, for `tile_norms`."""
+        for layer in self.layers:
+            if isinstance(layer, Residual):
+                yield from (layer.norm1, layer.norm2)
+            elif isinstance(layer, Attending):
+                yield layer.norm
+        yield self.norm_out
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:

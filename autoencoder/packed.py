@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from autoencoder.layers import ResnetBlock, folded, unfolded
-
 ONEDNN: Any = torch.ops.mkldnn
 
 
@@ -58,10 +56,13 @@ class Linear:
 class Conv:
     """A convolution of channels-last maps [B,in,H,W]."""
 
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, packed: bool | None = None) -> None:
+    def __init__(
+        self, layer: nn.Conv2d, dtype: torch.dtype, packed: bool | None = None, groups: int = 1
+    ) -> None:
         self.dtype, self.weight = dtype, layer.weight.detach()  # the layer's own: no copy but the packed one
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
+        self.groups = groups
         self.packed = packable(layer.weight, dtype) if packed is None else packed
         if not self.packed:
             self.weight = self._laid_out()
@@ -73,15 +74,15 @@ class Conv:
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """With another bias [out] than the layer's, or none."""
         if not self.packed:
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        where = (self.padding, self.stride, [1, 1], 1)
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding, groups=self.groups)
+        where = (self.padding, self.stride, [1, 1], self.groups)
         return ONEDNN._convolution_pointwise(x, self._weight(x), bias, *where, "none", [], "")
 
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
         """The convolution, added to `rest` [B,out,H',W']."""
         if not self.packed:
-            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding) + rest
-        where = (self.padding, self.stride, [1, 1], 1)
+            return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups) + rest
+        where = (self.padding, self.stride, [1, 1], self.groups)
         return ONEDNN._convolution_pointwise.binary(
             x, rest, self._weight(x), self.bias, *where, "add", 1.0, None, [], None
         )
@@ -93,70 +94,9 @@ class Conv:
         """Packed as suits maps of this shape."""
         if x.shape not in self._for:
             self._for[x.shape] = ONEDNN._reorder_convolution_weight(
-                self._laid_out(), self.padding, self.stride, [1, 1], 1, list(x.shape)
+                self._laid_out(), self.padding, self.stride, [1, 1], self.groups, list(x.shape)
             )
         return self._for[x.shape]
-
-
-class Doubling:
-    """Twice the resolution by repeating pixels, then a 3x3 convolution, as `layers.folded` has it."""
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        with torch.no_grad():
-            weight, bias = folded(layer)
-        four = nn.Conv2d(layer.in_channels, len(bias), 2, padding=1, device="meta")
-        four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
-        self.conv = Conv(four, dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B,in,H,W] => [B,out,2H,2W]."""
-        return unfolded(self.conv(x))
-
-
-class Norm:
-    """GroupNorm, and a SiLU after it if asked for."""
-
-    def __init__(self, layer: nn.GroupNorm, dtype: torch.dtype) -> None:
-        self.groups, self.eps = layer.num_groups, layer.eps
-        self.weight, self.bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-
-    def silu(self, x: Tensor) -> Tensor:
-        return F.silu(self(x), inplace=True)
-
-
-class Residual:
-    """A ResnetBlock; what time adds or scales comes computed (`time_of`)."""
-
-    def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
-        self.block = block
-        self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
-        self.conv1, self.conv2 = Conv(block.conv1, dtype), Conv(block.conv2, dtype)
-        self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
-
-    def time_of(self, emb: Tensor) -> Tensor:
-        """SiLU of embedded times [T,D] => [T,C], the bias of the first convolution in it; scale and shift [T,2C]."""
-        assert self.block.time_emb_proj is not None
-        time = self.block.time_emb_proj(emb)
-        if not self.block.scale_shift:
-            time = time + self.block.conv1.bias
-        return time.to(self.norm1.weight.dtype)
-
-    def __call__(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """[B,in,H,W], time of one row or B => [B,out,H,W]."""
-        h = self.norm1.silu(x)
-        if time is None:
-            h = self.norm2.silu(self.conv1(h))
-        elif self.block.scale_shift:
-            scale, shift = time[:, :, None, None].chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm2(self.conv1(h)), 1 + scale), inplace=True)
-        elif len(time) == 1:
-            h = self.norm2.silu(self.conv1.biased(h, time[0]))
-        else:
-            h = self.norm2.silu(self.conv1.biased(h, None).add_(time[:, :, None, None]))
-        return self.conv2.onto(h, x if self.shortcut is None else maps(self.shortcut(rows(x)), x))
 
 
 def rows(x: Tensor) -> Tensor:
@@ -206,11 +146,15 @@ def _largest_error(dtype: torch.dtype) -> float:
     for part in (layer.weight, layer.bias):
         part.copy_(torch.randn(part.shape, generator=generator) / 12)
     weight = weight[:1].reshape(16, 16) / 4
+    grouped = skip_init(nn.Conv2d, 16, 16, 1, groups=4)
+    for part, values in ((grouped.weight, weight[:, :4, None, None]), (grouped.bias, layer.bias)):
+        part.copy_(values)
     made = []
     for packed in (True, False):
         linear, conv = Linear(weight, layer.bias, dtype, packed), Conv(layer, dtype, packed)
         pixels = rows(x)
         results = [conv(x), conv.onto(x, rest.clone()), linear(pixels), linear.gelu(pixels)]
+        results.append(Conv(grouped, dtype, packed, groups=4)(x))
         made.append([*results, linear.onto(pixels, rows(rest).clone())])
     pairs = zip(*made, strict=True)
     return max(float((a - b).float().abs().max() / b.float().abs().max()) for a, b in pairs)

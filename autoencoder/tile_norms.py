@@ -7,7 +7,7 @@ picture, and those of later ones nearly, as what goes into them was normalised t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 
 class TileNorms:
-    """Statistics of every GroupNorm of a network, over weighted tiles."""
+    """Statistics of every GroupNorm among the modules of a network, over weighted tiles."""
 
-    def __init__(self, network: nn.Module) -> None:
-        self.norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.norms = [module for module in modules if isinstance(module, nn.GroupNorm)]
         self.weight = torch.ones(1, 1)
         self._known: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
         self._sums: dict[nn.GroupNorm, Tensor] = {}

@@ -11,13 +11,14 @@ Shapes: pixels [B, 3, H, W]; latents [B, C, h, w] with h = H/f, w = W/f. Tiles a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from autoencoder.fast import Prepared
 from autoencoder.kl import AutoencoderKL, Posterior
 from autoencoder.metrics import psnr
 from autoencoder.model import at_least_float32, check_images, check_latents
@@ -104,33 +105,41 @@ def encode(
         return torch.cat(autoencoder.encode(_beside(part, autoencoder)), dim=1)
 
     down, across = (windows(side // f, tile // f, overlap // f) for side in pixels.shape[2:])
-    moments = _blended(autoencoder.encoder, read, (down, across), 1, passes)
+    moments = _blended(autoencoder.encoder.modules(), read, (down, across), 1, passes)
     return Posterior.from_moments(moments.to(pixels.device))
 
 
 @torch.no_grad()
 def decode(
-    autoencoder: AutoencoderKL, z: Tensor, *, tile: int = TILE, overlap: int | None = None, passes: int = 1
+    autoencoder: AutoencoderKL | Prepared,
+    z: Tensor,
+    *,
+    tile: int = TILE,
+    overlap: int | None = None,
+    passes: int = 1,
 ) -> Tensor:
     """What `autoencoder.decode` gives, with memory for one tile of pixels and the result; no gradients.
 
     Args:
+        autoencoder: which is hooked into meanwhile; no other thread may use it.
         z: [B, C, h, w] raw latents, on any device; the result is on the same one.
         tile, overlap, passes: see `encode`.
 
     Raises ValueError for a tile, an overlap or passes that do not fit, and as `autoencoder.decode` does.
     """
-    check_latents(z, autoencoder.config.latent_channels)
-    f = autoencoder.config.factor
+    plain = autoencoder.plain if isinstance(autoencoder, Prepared) else autoencoder
+    check_latents(z, plain.config.latent_channels)
+    f = plain.config.factor
     overlap = require_tile(tile, overlap, f)
     if passes < 0:
         raise ValueError(f"passes is {passes}, but must be at least 0.")
 
     def read(rows: slice, columns: slice) -> Tensor:
-        return autoencoder.decode(_beside(z[:, :, rows, columns], autoencoder))
+        return autoencoder.decode(_beside(z[:, :, rows, columns], plain))
 
+    modules = autoencoder.norms() if isinstance(autoencoder, Prepared) else plain.decoder.modules()
     down, across = (windows(side, tile // f, overlap // f, f) for side in z.shape[2:])
-    return _blended(autoencoder.decoder, read, (down, across), f, passes).to(z.device)
+    return _blended(modules, read, (down, across), f, passes).to(z.device)
 
 
 def _beside(part: Tensor, autoencoder: AutoencoderKL) -> Tensor:
@@ -138,7 +147,7 @@ def _beside(part: Tensor, autoencoder: AutoencoderKL) -> Tensor:
 
 
 def _blended(
-    network: nn.Module,
+    modules: Iterable[nn.Module],
     read: Callable[[slice, slice], Tensor],
     windows_of: tuple[list[Window], list[Window]],
     grow: int,
@@ -147,7 +156,7 @@ def _blended(
     """The weighted sum of all tiles, after `passes` that only gather statistics.
 
     Args:
-        network: what `read` runs.
+        modules: of what `read` runs.
         read: rows and columns of latent pixels => their result [B, K, grow * rows, grow * columns].
         windows_of: down and across, in pixels of the result.
         grow: pixels of the result to a latent pixel, along one side.
@@ -156,7 +165,7 @@ def _blended(
     if len(down) * len(across) == 1:
         return read(*(_latent(window.span, grow) for (window,) in windows_of))
     whole: Tensor | None = None
-    norms = TileNorms(network)
+    norms = TileNorms(modules)
     with norms.watching():
         for last in [False] * passes + [True]:
             for top, left in product(down, across):

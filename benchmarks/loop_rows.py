@@ -1,7 +1,7 @@
 """What a user's hours go to: the real training loops, making the cache, reading pictures.
 
 The peer is what diffusers' train_text_to_image.py does with the same networks and files, written after it: pictures
-through torchvision, pixels and captions encoded in each step, AdamW.
+through torchvision, pixels and captions encoded in each step, AdamW. Ours reads a cache, which is made before.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,28 +21,42 @@ from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.harness import open_run, through_a_run
-from benchmarks.models import TOKENS, Shape, autoencoders, device, recipe, unets
+from benchmarks.models import EMOJI, TEXT, TOKENS, Shape, autoencoders, device, stock, unets
 from benchmarks.timing import Case, Work
 from ldm.cache import LatentCache, build
 from ldm.conditioning import Text
 from ldm.data import DataConfig, open_source
-from ldm.encoders import TextConfig, small
+from ldm.encoders import TextConfig, make_encoders
 from ldm.optim import OptimizerConfig
-from ldm.sampling import Pixels, read
+from ldm.sampling import Pixels, read, slices
 from ldm.scenes import Scenes
 
-PICTURES, BATCH = 192, 32
+CLIP_L: dict[str, Any] = {
+    "model_type": "clip_text_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+"""The text encoder of Stable Diffusion 1.5"""
 FOREVER = 10**6
 LARGER = 1.5
 """Side of the pictures on disk over that which is trained on"""
 
 
 class World:
-    """Captioned pictures on disk, and both sides' networks with the same weights."""
+    """Captioned pictures on disk, and both sides' networks with the same, random weights.
 
-    def __init__(self, size: Shape, folder: Path) -> None:
-        self.size, self.folder = size, folder
-        self.captions = draw(folder / "pictures", round(LARGER * size.picture))
+    Args:
+        pictures: how many, a multiple of `batch`, which a step takes.
+        text: the encoder of the captions, which is frozen.
+    """
+
+    def __init__(self, size: Shape, folder: Path, pictures: int, batch: int, text: TextConfig) -> None:
+        self.size, self.folder, self.pictures, self.batch = size, folder, pictures, batch
+        captions = draw(folder / "pictures", pictures, round(LARGER * size.picture))
         self.data = DataConfig(path=str(folder / "pictures"), size=size.picture)
         self.source = open_source(self.data)
         self.unet, self.stock_unet = unets(size)
@@ -50,9 +64,7 @@ class World:
         for frozen in (self.autoencoder, self.stock_autoencoder):
             frozen.requires_grad_(False)
         torch.manual_seed(0)
-        width = size.unet["cross_attention_dim"]
-        config = TextConfig(width=width, layers=6, heads=width // 64, max_length=TOKENS)
-        self.text = Text(small(config, self.captions), frozen=True).to(device())
+        self.text = Text(*make_encoders(text, captions), frozen=True).to(device())
         self._caches = 0
 
     # --- ours --------------------------------------------------------------------------------------------------
@@ -61,16 +73,17 @@ class World:
         """The cache of all pictures and captions, in a folder that nothing was written to before."""
         self._caches += 1
         place = self.folder / f"run-{self._caches}"
-        run = open_run(place, FOREVER, BATCH)
+        run = open_run(place, FOREVER, self.batch)
         return build(place / "cache", self.source, self.data, self.autoencoder, self.text, run)
 
     def steps(self) -> Iterator[Tensor]:
-        run = open_run(self.folder / "loop", FOREVER, BATCH)
-        return through_a_run(run, self.unet, OptimizerConfig(name="adamw", lr=1e-9), self.build(), self.text)
+        run = open_run(self.folder / "loop", FOREVER, self.batch)
+        rates = OptimizerConfig(name="adamw", lr=1e-9)
+        yield from through_a_run(run, self.unet, rates, self.build(), self.text)
 
     def batches(self) -> Iterator[Any]:
         """Pictures as stage 1 reads them."""
-        order = [[(i, i) for i in range(first, first + BATCH)] for first in range(0, PICTURES, BATCH)]
+        order = [[(i, i) for i in some] for some in slices(0, self.pictures, self.batch)]
         while True:
             yield from read(Pixels(self.source, self.data, 0), order, workers=0)
 
@@ -99,7 +112,7 @@ class World:
             split="train",
         )
         loader: Any = torch.utils.data.DataLoader(
-            data.with_transform(prepared), shuffle=True, batch_size=BATCH, drop_last=True
+            data.with_transform(prepared), shuffle=True, batch_size=self.batch, drop_last=True
         )
         while True:
             yield from loader
@@ -130,15 +143,15 @@ class World:
     def stock_epoch(self) -> None:
         """What the script computes in each epoch and our cache holds."""
         batches = self.stock_batches()
-        for _ in range(PICTURES // BATCH):
+        for _ in range(self.pictures // self.batch):
             self.stock_codes(next(batches))
 
 
-def draw(folder: Path, side: int) -> list[str]:
+def draw(folder: Path, pictures: int, side: int) -> list[str]:
     """Write captioned pictures; gives the captions."""
     folder.mkdir(parents=True)
-    scenes, lines = Scenes(PICTURES, side), []
-    for i in range(PICTURES):
+    scenes, lines = Scenes(pictures, side), []
+    for i in range(pictures):
         sample = scenes[i]
         sample["image"].save(folder / f"{i:04d}.png")
         lines.append({"file_name": f"{i:04d}.png", "text": sample["text"]})
@@ -147,15 +160,15 @@ def draw(folder: Path, side: int) -> list[str]:
 
 
 def loops(_: Shape) -> Iterator[Case]:
-    """Of a shipped recipe's networks. Losses are of other noise and another path: nothing to compare."""
-    with ExitStack() as stack:
-        world = World(recipe(), Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    """Of networks as in configs/emoji, an autoencoder trained here and six layers of text encoder: all that the peer
+    does more than we is small. Losses are of other noise and another path: nothing to compare."""
+    with opened(EMOJI, 192, 32, TextConfig(width=TEXT, layers=6, heads=6, max_length=TOKENS)) as world:
         yield Case(
             name="cache building: pictures and captions encoded, against the peer's every epoch",
             ours=no_result(world.build),
             peer=world.stock_epoch,
             precision=None,
-            unit=PICTURES,
+            unit=world.pictures,
         )
         batches, stock_batches = world.batches(), world.stock_batches()
         yield Case(
@@ -163,16 +176,37 @@ def loops(_: Shape) -> Iterator[Case]:
             ours=no_result(partial(next, batches)),
             peer=no_result(partial(next, stock_batches)),
             precision=None,
-            unit=BATCH,
+            unit=world.batch,
         )
-        yield Case(
-            name="latent training step, real loop, f32",
-            ours=no_result(partial(next, world.steps())),
-            peer=no_result(partial(next, world.stock_steps())),
-            target=4.0,
-            precision=None,
-            unit=BATCH,
-        )
+        yield real_loop(world, "networks of configs/emoji")
+
+
+def stock_loops(_: Shape) -> Iterator[Case]:
+    """Stage 2 in a stock autoencoder's latents and a published text encoder's states, as who skips stage 1 trains it;
+    what the peer's script is written for. Random weights of those shapes."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape = Path(folder) / "config.json"
+        shape.write_text(json.dumps(CLIP_L))
+        text = TextConfig(encoder=str(shape), weights="random", max_length=CLIP_L["max_position_embeddings"])
+        with opened(stock(), 8, 4, text) as world:
+            yield real_loop(world, "AutoencoderKL of SD's shape, CLIP-L", target=4.0)
+
+
+@contextmanager
+def opened(size: Shape, pictures: int, batch: int, text: TextConfig) -> Iterator[World]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield World(size, Path(folder), pictures, batch, text)
+
+
+def real_loop(world: World, networks: str, target: float | None = None) -> Case:
+    return Case(
+        name=f"latent training step, real loop, f32, {networks}",
+        ours=no_result(partial(next, world.steps())),
+        peer=no_result(partial(next, world.stock_steps())),
+        target=target,
+        precision=None,
+        unit=world.batch,
+    )
 
 
 def no_result(work: Work) -> Work:

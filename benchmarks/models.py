@@ -20,7 +20,8 @@ TEXT, TOKENS = 384, 32
 
 @dataclass(frozen=True)
 class Shape:
-    """A size of model: SMALL for a processor, EMOJI for its real loops (as configs/emoji), SD15 for an accelerator."""
+    """A size of model: SMALL for a processor, SD15 for an accelerator. For real loops EMOJI, as in configs/emoji, and
+    STOCK, a small U-Net in the latents of an autoencoder of Stable Diffusion's shape."""
 
     unet: dict[str, Any]
     autoencoder: dict[str, Any]
@@ -66,6 +67,13 @@ EMOJI = Shape(
     latents=(16,),
     picture=64,
 )
+STOCK_AUTOENCODER = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+STOCK = Shape(
+    unet=SMALL.unet | {"cross_attention_dim": 768},
+    autoencoder=STOCK_AUTOENCODER,
+    latents=(16,),
+    picture=128,
+)
 SD15 = Shape(
     unet={
         "block_out_channels": (320, 640, 1280, 1280),
@@ -73,7 +81,7 @@ SD15 = Shape(
         "attention_head_dim": 8,
         "cross_attention_dim": 768,
     },
-    autoencoder={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
+    autoencoder=STOCK_AUTOENCODER,
     latents=(64,),
     picture=512,
 )
@@ -87,9 +95,9 @@ def shape() -> Shape:
     return SD15 if torch.cuda.is_available() else SMALL
 
 
-def recipe() -> Shape:
-    """Of the real loops."""
-    return SD15 if torch.cuda.is_available() else EMOJI
+def stock() -> Shape:
+    """Of the real loop in the latents of a stock autoencoder."""
+    return SD15 if torch.cuda.is_available() else STOCK
 
 
 def unets(size: Shape) -> tuple[UNet, Any]:

@@ -33,6 +33,7 @@ ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
     autoencoder_rows.passes,
     autoencoder_rows.training,
     loop_rows.loops,
+    loop_rows.stock_loops,
     harness,
     fresh.rows,
 )

@@ -7,13 +7,11 @@ other: what all of them have is kept, captions or classes or both.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from PIL import Image
 
 from ldm.config import UserError
 from ldm.formats import Found, find
-from ldm.pictures import Stored, content, decoded, fitted
+from ldm.pictures import Joined, Some, Stored, content, decoded, fitted
 from ldm.scenes import Scenes
 from ldm.streaming import small_copy
 
@@ -120,6 +118,7 @@ class Source:
         kind: what was detected, in words; `notes` are sentences about it.
         texts: one caption a picture, or None.
         labels: [N] int64 class of each picture, or None; `classes` names them.
+        others: further pictures of each row by column, such as masks.
         sums: one hash for the bytes of each picture, once `ldm.inspection` has read them all.
         sizes: [N,2] width and height that each is brought to, if that is not a square (`ldm.buckets`).
     """
@@ -135,8 +134,10 @@ class Source:
         classes: Sequence[str] = (),
         notes: Sequence[str] = (),
         files: Sequence[Path | str] = (),
+        others: Mapping[str, Sequence[Stored]] | None = None,
     ) -> None:
         self.pictures, self.config, self.kind, self.notes = pictures, config, kind, tuple(notes)
+        self.others = others or {}
         self.texts, self.classes, self.files = texts, tuple(classes), tuple(files)
         self.labels = None if labels is None else torch.tensor(labels, dtype=torch.int64)
         self.sums: np.ndarray | None = None
@@ -190,6 +191,7 @@ class Source:
             classes=self.classes,
             notes=self.notes,
             files=self.files,
+            others={name: Some(column, indices) for name, column in self.others.items()},
         )
         one.sums = None if self.sums is None else self.sums[list(indices)]
         one.sizes = None if self.sizes is None else self.sizes[list(indices)]
@@ -247,35 +249,6 @@ class SceneSource(Source):
         return self.scenes.mask(index)
 
 
-class Some(Sequence[Stored]):
-    """Some of the pictures, in the order of `indices`."""
-
-    def __init__(self, pictures: Sequence[Stored], indices: Sequence[int]) -> None:
-        self.pictures, self.indices = pictures, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.pictures[self.indices[index]]
-
-
-class Joined(Sequence[Stored]):
-    """The pictures of several places, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Stored]]) -> None:
-        self.parts, self.ends = parts, list(accumulate(map(len, parts)))
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        part = bisect_right(self.ends, index)
-        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
-
-
 def content_sum(data: bytes) -> bytes:
     """16 bytes that stand for the bytes of a picture."""
     return hashlib.blake2b(data, digest_size=16).digest()
@@ -325,6 +298,7 @@ def _source(path: str, found: Found, config: DataConfig) -> Source:
         classes=classes,
         notes=found.notes,
         files=found.files,
+        others=found.others,
     )
 
 
@@ -395,4 +369,9 @@ def _joined(parts: Sequence[Source], config: DataConfig) -> Source:
         classes=classes,
         notes=notes,
         files=[file for part in parts for file in part.files],
+        others={
+            name: Joined([part.others[name] for part in parts])
+            for name in parts[0].others
+            if all(name in part.others for part in parts)
+        },
     )

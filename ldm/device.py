@@ -11,12 +11,14 @@ Compiling is left to `run.compile`: it pays on a GPU, and gave 4 % for a minute 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from autoencoder import fast as autoencoder_fast
+from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
 from ldm import fast
 from ldm.conditioning import Cond
@@ -46,15 +48,26 @@ def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True, r
 
 
 def to_decode(
-    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True
+    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True, tile: int | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """What to call in place of the autoencoder's `decode`, likewise."""
+    """What to call in place of the autoencoder's `decode`, likewise.
+
+    Args:
+        tile: pictures with a longer side are decoded one by one, in tiles of it (`autoencoder.tiling`).
+    """
+    network: AutoencoderKL | autoencoder_fast.Prepared = autoencoder
     if prepare and device_of(autoencoder) == "cpu":
-        return autoencoder_fast.Prepared(autoencoder, DTYPES[precision]).decode
+        network = autoencoder_fast.Prepared(autoencoder, DTYPES[precision])
+    elif tile is not None:
+        # Tiling hooks into the network: into a copy of its own, of the same weights, as other threads decode too.
+        network = deepcopy(autoencoder, {id(weight): weight for weight in autoencoder.parameters()})
+    half = precision == "bf16" and isinstance(network, AutoencoderKL)
 
     def decode(z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return autoencoder.decode(z).float()
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=half):
+            if tile is None or max(z.shape[2:]) * autoencoder.config.factor <= tile:
+                return network.decode(z).float()
+            return torch.cat([tiling.decode(network, one, tile=tile) for one in z.split(1)])
 
     return decode
 

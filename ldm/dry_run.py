@@ -26,7 +26,8 @@ from torch import Tensor
 from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
-from ldm.findings import Findings, Part, folder_bytes, gigabytes
+from ldm.faults import out_of_memory
+from ldm.findings import Findings, Part, folder_bytes
 from ldm.memory import Memory, Saved, foreseen, lasting
 from ldm.run_folder import changed_settings
 from ldm.trackers import chosen_tracker
@@ -48,17 +49,20 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
     """
     scratch = recipe.run.out.parent / f".{recipe.run.out.name}.dry-run"
     missing = [folder for folder in scratch.parents if not folder.exists()]
-    doing = ["starting"]
+    doing, found = ["starting"], new_findings(recipe)
     try:
-        train(recipe, DryRun(recipe, scratch, doing))
-    except (UserError, OSError, ValueError, RuntimeError) as problem:
-        hint = ""
-        if isinstance(problem, torch.OutOfMemoryError):
-            hint = " Lower run.batch_size, raise run.accumulate, or set run.gradient_checkpointing."
+        train(recipe, DryRun(recipe, scratch, doing, found))
+    except (UserError, OSError, ValueError, RuntimeError, MemoryError) as problem:
+        hint = f" {found.memory()}." if out_of_memory(problem) else ""
         raise UserError(f"The dry run failed while {doing[-1]}: {problem}{hint}") from problem
     finally:
         if int(os.environ.get("RANK", 0)) == 0:  # the process that reads what all have written
             clear(scratch, missing)
+
+
+def new_findings(recipe: Any) -> Findings:
+    """Those of the run of a recipe, of which nothing is known yet."""
+    return Findings(steps=recipe.run.steps, batch=recipe.run.batch_size, keep=recipe.run.keep)
 
 
 def clear(scratch: Path, missing: Iterable[Path]) -> None:
@@ -107,11 +111,11 @@ class DryRun(Run):
 
     Args:
         doing: what is being tried is added to it, for the sentence that says what failed.
+        found: is filled in.
     """
 
-    def __init__(self, recipe: Any, scratch: Path, doing: list[str]) -> None:
-        self.home, self.doing = recipe.run.out, doing
-        self.found = Findings(steps=recipe.run.steps, batch=recipe.run.batch_size, keep=recipe.run.keep)
+    def __init__(self, recipe: Any, scratch: Path, doing: list[str], found: Findings) -> None:
+        self.home, self.doing, self.found = recipe.run.out, doing, found
         self._first: FirstPictures | None = None
         self._watched: Saved | None = None  # watches while the batches are small
         self._counted: list[list[int]] = []  # bytes of each storage, a list for each small batch
@@ -135,11 +139,19 @@ class DryRun(Run):
             changed_settings(self.home, self.recipe)
             shutil.rmtree(self.out, ignore_errors=True)  # left by a dry run that was killed
         super()._open_folder()
+        if self.main:
+            self._take_over_inspection()
         self.accelerator.wait_for_everyone()
         self.found.free, self.found.there = shutil.disk_usage(self.out).free, folder_bytes(self.home)
         begun = [int(folder.name.removeprefix("step-")) for folder in self.home.glob("checkpoints/step-*")]
         self.found.done = max(begun, default=0)
         return []
+
+    def _take_over_inspection(self) -> None:
+        """What the run has found looking at all pictures, which can take long, is not looked for again."""
+        for seen in self.home.glob("cache/inspected-*.safetensors"):
+            (self.out / "cache").mkdir(exist_ok=True)
+            shutil.copy2(seen, self.out / "cache")
 
     @contextmanager
     def _at_home(self) -> Iterator[None]:
@@ -192,18 +204,14 @@ class DryRun(Run):
         self.doing.append("training on a few samples")
         yield from self._few(stream)
         self._foresee()
-        self.doing.append("training")
-        self.memory.forget()
-        yield from self._step(stream)  # the first of its size: libraries choose their kernels
-        began, steps = self._now(), 0
-        while steps < PROBE_STEPS and self._longest(self._now() - began) < PROBE_SECONDS:
-            yield from self._step(stream)
-            steps += 1
-        self.found.step_seconds = (self._now() - began) / steps
-        self.found.note_peak("training", self.memory.peak())
+        yield from self._probe(stream)
         self._last = True
         yield from self._step(stream)
         stream.close()  # type: ignore[attr-defined]
+        self._finish()
+
+    def _finish(self) -> None:
+        """What comes after the last step follows."""
         self._close()
         self.doing.append("finishing")
         self._looped = self._now()
@@ -217,6 +225,22 @@ class DryRun(Run):
                 yield {name: values[: FEW[i % len(FEW)]] for name, values in batch.items()}
         self._watched = None
 
+    def _probe(self, stream: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Whole batches until they have lasted long enough to tell the time of a step."""
+        if (
+            self.found.foreseen > self.found.room and not self.memory.gpu
+        ):  # a GPU says so; RAM ends the process
+            raise UserError(f"{self.found.memory()}.")
+        self.doing.append("training")
+        self.memory.forget()
+        yield from self._step(stream)  # the first of its size: libraries choose their kernels
+        began, steps = self._now(), 0
+        while steps < PROBE_STEPS and self._longest(self._now() - began) < PROBE_SECONDS:
+            yield from self._step(stream)
+            steps += 1
+        self.found.step_seconds = (self._now() - began) / steps
+        self.found.note_peak("training", self.memory.peak())
+
     def _step(self, stream: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         yield from islice(stream, self.config.accumulate)
 
@@ -228,20 +252,22 @@ class DryRun(Run):
             self._watched.clear()
 
     def _foresee(self) -> None:
-        """The memory of a whole batch: what a sample adds is the same for each."""
+        """The memory of a whole batch, and of smaller ones: what a sample adds is the same for each."""
         few = (min(self.batch, FEW[0]), min(self.batch, FEW[1]))
-        self.found.bytes["activations"] = foreseen(few, (self._counted[0], self._counted[1]), self.batch)
-        self.found.bytes |= lasting(self.placed, self.parts)
-        coming = self.found.bytes["gradients"] + self.found.bytes["activations"]
-        self.found.foreseen, self.found.room = self.memory.held() + coming, self.memory.room()
-        if (
-            self.found.foreseen > self.found.room and not self.memory.gpu
-        ):  # a GPU says so; RAM ends the process
-            raise UserError(
-                f"a step takes about {gigabytes(self.found.foreseen)} of memory, but this machine has "
-                f"{gigabytes(self.found.room)}; lower run.batch_size, raise run.accumulate, "
-                "or set run.gradient_checkpointing."
-            )
+        counted = self._counted[0], self._counted[1]
+        held = lasting(self.placed, self.parts)
+        beside = self.memory.held() + held["gradients"] - self._shared_out(held)
+        self.found.bytes |= held | {"activations": foreseen(few, counted, self.batch)}
+        self.found.room, whole = self.memory.room(), self.batch * self.config.accumulate
+        self.found.by_accumulate = {
+            whole // batch: beside + foreseen(few, counted, batch)
+            for batch in range(self.batch, 0, -1)
+            if whole % batch == 0
+        }
+
+    def _shared_out(self, held: dict[str, int]) -> int:
+        """Bytes of what is `held` here that other processes hold in the run that this is about."""
+        return 0
 
     def _note_cache(self, first: FirstPictures) -> None:
         cache = self.out / "cache"

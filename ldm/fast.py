@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.packed import Conv, Doubling, Linear, Norm, Residual, maps, rows
+from autoencoder.fast_blocks import Doubling, Norm, Residual
+from autoencoder.packed import Conv, Linear, maps, rows
 from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock
 from ldm.checks import require_int
 from ldm.conditioning import Cond

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-from ldm.findings import gigabytes
-from ldm.memory import Memory, lasting
 
 GO_ON = "to go on from the last checkpoint, run the same command again"
 
@@ -22,10 +17,9 @@ def explain(problem: BaseException) -> str | None:
     """A sentence for a fault of the machine or of another process that ends a training; None for anything else."""
     name, text = type(problem).__name__, " ".join(str(problem).split())
     if out_of_memory(problem):
-        said = "; ".join([f"out of memory ({text[:200] or name})", *getattr(problem, "__notes__", ())])
-        return (
-            f"{said}; raise run.accumulate, which splits the batch and changes nothing else, or lower run.batch_size, "
-            f"data.size or the network (--dry-run says beforehand what a step takes); {GO_ON}"
+        lower = "lower run.batch_size, data.size or the network (--dry-run says beforehand what a step takes)"
+        return "; ".join(
+            [f"out of memory ({text[:200] or name})", *getattr(problem, "__notes__", [lower]), GO_ON]
         )
     if text.startswith("DataLoader worker") or text.startswith("DataLoader timed out"):
         return f"a process that prepares batches is gone ({text[:200]}); lower workers if memory was short; {GO_ON}"
@@ -43,21 +37,13 @@ def out_of_memory(problem: BaseException) -> bool:
     )
 
 
-@contextmanager
-def accounted(run: Any) -> Iterator[None]:
-    """While open, memory that runs out in the training `run` does so with a note of what takes how much."""
-    try:
-        yield
-    except Exception as problem:
-        if out_of_memory(problem) and run.parts:
-            held, room = lasting(run.placed, run.parts), Memory(run.device).room()
-            kinds = ", ".join(f"{name} {gigabytes(count)}" for name, count in held.items())
-            left = gigabytes(max(0, room - sum(held.values())))
-            problem.add_note(
-                f"{kinds} leave at most {left} of {gigabytes(room)} for the activations of {run.batch} samples, "
-                "and these take more"
-            )
-        raise
+def let_exchanges_end() -> None:
+    """Have this process wait half a second, once all is done, before it takes Python down.
+
+    A thread of gloo that frees what it last sent needs the interpreter's lock; asking for it any later aborts the
+    process (pytorch issue 190489), and caches of sharded tensors keep these threads beyond the end of their group.
+    """
+    atexit.register(time.sleep, 0.5)
 
 
 class Watchdog:

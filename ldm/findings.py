@@ -36,8 +36,8 @@ class Findings:
         )
     )
     """Of memory, by what it is for"""
-    foreseen: int = 0
-    """Memory of a training step, from a few samples"""
+    by_accumulate: dict[int, int] = field(default_factory=dict)
+    """Memory of a training step, from a few samples, by run.accumulate, the recipe's value first"""
     room: int = 0
     """Memory that there is"""
     peaks: dict[str, int] = field(default_factory=dict)
@@ -64,6 +64,29 @@ class Findings:
         """Until the end of the run."""
         rest = self.cache_seconds + self.repeated_seconds + self.finish_seconds
         return rest + (self.steps - self.done) * self.step_seconds
+
+    @property
+    def foreseen(self) -> int:
+        """Memory of a training step of the recipe; 0 if it is not known."""
+        return next(iter(self.by_accumulate.values()), 0)
+
+    def memory(self) -> str:
+        """What the run takes, as far as it is known, what there is, and what to lower."""
+        lower = "lower run.batch_size, data.size or the network, or set run.gradient_checkpointing"
+        splits = "which splits the batch and changes nothing else"
+        if not self.foreseen:
+            return f"raise run.accumulate, {splits}, or {lower}"
+        phases = {"a training step": self.foreseen} | self.peaks
+        takes = ", ".join(f"{phase} takes about {gigabytes(count)}" for phase, count in phases.items())
+        kinds = ", ".join(f"{name} {gigabytes(count)}" for name, count in self.bytes.items())
+        known = f"{takes}, of {gigabytes(self.room)}; in a step {kinds}"
+        if self.foreseen <= self.room:
+            return f"{known}; that fits if nothing else takes memory: end other programs, or {lower}"
+        fitting = next(((n, count) for n, count in self.by_accumulate.items() if count <= self.room), None)
+        if fitting is None:
+            return f"{known}; not even one sample at a time fits: {lower.replace('run.batch_size, ', '')}"
+        n, count = fitting
+        return f"{known}; raise run.accumulate to {n} ({gigabytes(count)}), {splits}, or {lower}"
 
     def report(self, home: Path) -> str:
         """A page of text about the run in the folder `home`."""

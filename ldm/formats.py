@@ -10,31 +10,15 @@ import csv
 import json
 import os
 import re
-import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from ldm import tars
 from ldm.config import UserError
-from ldm.pictures import Stored
+from ldm.pictures import MASK_COLUMNS, OTHER_PICTURES, PICTURES, Stored
 
-PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-OTHER_PICTURES = {
-    ".svg",
-    ".eps",
-    ".ps",
-    ".pdf",
-    ".psd",
-    ".heic",
-    ".heif",
-    ".ico",
-    ".jp2",
-    ".jxl",
-    ".tga",
-    ".exr",
-}
-"""Files that somebody may have meant as pictures: they are counted as bad, not passed over."""
 SPLITS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
@@ -57,6 +41,8 @@ class Found:
     """Sentences for the person"""
     files: Sequence[Path | str] = ()
     """All files that pictures lie in, or that are pictures"""
+    others: Mapping[str, Sequence[Stored]] = field(default_factory=dict)
+    """Further pictures of each row by column, such as masks"""
 
 
 def find(path: str, split: str) -> Found:
@@ -84,9 +70,9 @@ def find(path: str, split: str) -> Found:
     if any(file.suffix == ".parquet" for file in files):
         rows = load("parquet", split, path, data_dir=str(folder))
         return table(rows, f"parquet shards, split {split}", path, folder.resolve())
-    tars = [file for file in files if file.suffix == ".tar"]
-    if tars:
-        return _tars(folder, tars, split)
+    shards = [file for file in files if file.suffix == ".tar"]
+    if shards:
+        return _tars(folder, shards, split)
     if not any(file.suffix.lower() in PICTURES for file in pictures):
         raise UserError(
             f"{path} holds no pictures ({', '.join(sorted(PICTURES))}) and no parquet or tar shards."
@@ -157,6 +143,7 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
     root, base = folder.resolve(), _within(folder, split)
     rows: list[dict[str, Any]] = []
     named: list[str] = []
+    homes: list[Path] = []
     for file in metadata:
         for row in _metadata(file):
             name = row.pop("file_name", None)
@@ -164,23 +151,47 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
                 raise UserError(
                     f"{file} has a row without file_name, which names the picture; its columns are {', '.join(row)}."
                 )
-            where = str(name) if "://" in str(name) else os.path.normpath(file.parent / str(name))
+            where = _place(file.parent, name)
             if base in file.parents or base in Path(where).parents:
                 rows.append(row)
                 named.append(where)
+                homes.append(file.parent)
     if not rows:
         raise UserError(
             f"{', '.join(f.name for f in metadata)} in {folder} names no picture of split {split!r}."
         )
-    left = {str(p) for p in pictures if base in p.parents} - set(named)
+    columns = _columns(rows)
+    others = _others(columns, homes, root)
+    used = {stored.path for column in others.values() for stored in column}
+    left = {str(p) for p in pictures if base in p.parents} - set(named) - used
     notes = (f"{len(left)} pictures are not named in the metadata and left out: {min(left)}",) if left else ()
     return Found(
         pictures=[Stored(name, path=name, root=root) for name in named],
-        columns=_columns(rows),
+        columns=columns,
         kind=f"picture folder with {metadata[0].name}",
         notes=notes,
         files=named,
+        others=others,
     )
+
+
+def _place(home: Path, name: Any) -> str:
+    """Where the file is that a row of metadata in the folder `home` names."""
+    return str(name) if "://" in str(name) else os.path.normpath(home / str(name))
+
+
+def _others(columns: Mapping[str, list[Any]], homes: list[Path], root: Path) -> dict[str, list[Stored]]:
+    """The columns that name further picture files, such as mask or mask_file_name; None and "" name none."""
+    others = {}
+    for column, values in columns.items():
+        said = {Path(str(value)).suffix.lower() for value in values if value}
+        if said and said <= PICTURES:
+            others[column.removesuffix("_file_name")] = [
+                Stored(place, path=place, root=root) if value else Stored(f"row {i} of column {column}")
+                for i, (home, value) in enumerate(zip(homes, values, strict=True))
+                for place in [_place(home, value)]
+            ]
+    return others
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -222,61 +233,19 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     return chosen
 
 
-class Members(Sequence[Stored]):
-    """Pictures inside tar files, read from where they lie: nothing is unpacked."""
-
-    def __init__(self, places: list[tuple[Path, str, int, int]]) -> None:
-        self.places = places  # tar, member, offset, bytes
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: Any) -> Any:
-        tar, member, offset, size = self.places[index]
-        with tar.open("rb") as file:
-            file.seek(offset)
-            return Stored(f"{tar}/{member}", data=file.read(size))
-
-
 def _tars(folder: Path, files: list[Path], split: str) -> Found:
-    """Webdataset shards: files of one sample share their name up to the first dot."""
+    """Webdataset shards."""
     files = _of_split(folder, files, split)
-    places: list[tuple[Path, str, int, int]] = []
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        samples: dict[str, dict[str, Any]] = {}
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    _add_member(samples, file, tar, member)
-        except (tarfile.TarError, OSError, ValueError) as problem:
-            raise UserError(f"{file} can't be read: {problem}") from None
-        for sample in samples.values():
-            if "picture" in sample:
-                places.append(sample.pop("picture"))
-                rows.append(sample)
-    if not places:
+    pictures, others, rows = tars.contents(files)
+    if not pictures:
         raise UserError(f"{folder} holds tar shards, but no pictures are in them.")
-    kind = f"{len(files)} webdataset shards, split {split}"
-    return Found(pictures=Members(places), columns=_columns(rows), kind=kind, files=tuple(files))
-
-
-def _add_member(
-    samples: dict[str, dict[str, Any]], file: Path, tar: tarfile.TarFile, member: tarfile.TarInfo
-) -> None:
-    """Note a picture's place, or read what is said about it: .txt or .caption, .cls, .json."""
-    place = PurePosixPath(member.name)
-    key, _, extension = place.name.partition(".")
-    ending = place.suffix.lower()
-    if not member.isfile() or not key:
-        return
-    sample = samples.setdefault(str(place.parent / key), {})
-    if ending in PICTURES | OTHER_PICTURES and "picture" not in sample:
-        sample["picture"] = (file, member.name, member.offset_data, member.size)
-    elif extension in ("txt", "caption", "cls", "json"):
-        text = tar.extractfile(member).read().decode("utf-8-sig").strip()  # type: ignore[union-attr]
-        column = {"cls": "label"}.get(extension, "text")
-        sample |= json.loads(text) if extension == "json" else {column: text}
+    return Found(
+        pictures=pictures,
+        columns=_columns(rows),
+        kind=f"{len(files)} webdataset shards, split {split}",
+        files=tuple(files),
+        others=others,
+    )
 
 
 class Rows(Sequence[Stored]):
@@ -318,25 +287,24 @@ def table(rows: Any, kind: str, where: str, root: Path | None) -> Found:
     for name in images:
         if isinstance(rows.features[name], datasets.Image):
             rows = rows.cast_column(name, datasets.Image(decode=False))
-    others = [
+    told = [
         name
         for name, feature in rows.features.items()
         if isinstance(feature, datasets.Value | datasets.ClassLabel) and name not in images
     ]
+    root = root or Path(datasets.config.HF_CACHE_HOME).resolve()
+    images.sort(key=lambda name: name in MASK_COLUMNS)
+    first, *others = images
     return Found(
-        pictures=Rows(
-            rows.select_columns(images[0]),
-            images[0],
-            where,
-            root or Path(datasets.config.HF_CACHE_HOME).resolve(),
-        ),
-        columns={name: rows[name] for name in others if "binary" not in str(rows.features[name])},
+        pictures=Rows(rows.select_columns(first), first, where, root),
+        columns={name: rows[name] for name in told if "binary" not in str(rows.features[name])},
         kind=kind,
         names={name: tuple(f.names) for name, f in rows.features.items() if getattr(f, "names", None)},
-        notes=(f"pictures are taken from {images[0]}, not from {', '.join(images[1:])}",)
-        if images[1:]
-        else (),
+        notes=(f"pictures are taken from {first}, not from {', '.join(others)}",) if others else (),
         files=tuple(Path(file["filename"]) for file in rows.cache_files),
+        others={
+            name: Rows(rows.select_columns(name), name, f"column {name} of {where}", root) for name in others
+        },
     )
 
 
@@ -346,7 +314,7 @@ def holds_pictures(name: str, feature: Any) -> bool:
 
     if isinstance(feature, datasets.Image):
         return True
-    if name not in ("image", "img", "picture", "jpg", "png", "webp"):
+    if name not in ("image", "img", "picture", "jpg", "png", "webp", *MASK_COLUMNS):
         return False
     return (isinstance(feature, dict) and "bytes" in feature) or "binary" in getattr(feature, "dtype", "")
 

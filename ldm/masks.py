@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ldm.config import UserError
 from ldm.data import SceneSource, Source, content_sum
-from ldm.pictures import FORMATS, BadPicture, Stored, content
+from ldm.pictures import FORMATS, MASK_COLUMNS, BadPicture, Stored, content
 from ldm.scenes import SHAPES
 from ldm.tasks import Segment
 
@@ -31,7 +31,9 @@ class Masks:
 
     def __init__(self, source: Source, task: Segment) -> None:
         self._source, self.task = source, task
-        self.files = () if isinstance(source, SceneSource) else mask_files(source, task.masks)
+        self.files: Sequence[Stored] = ()
+        if not isinstance(source, SceneSource):
+            self.files = mask_files(source, task.masks)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -77,8 +79,22 @@ def with_classes(task: Segment, source: Source) -> Segment:
     return Segment(classes=("background", *SHAPES))
 
 
-def mask_files(source: Source, masks: str) -> list[Stored]:
-    """Where the mask of each picture lies; UserError names the first that is missing."""
+def mask_files(source: Source, masks: str | None) -> Sequence[Stored]:
+    """The mask of each picture: in a column of the data, or in a folder, if there is no such column.
+
+    Raises:
+        UserError: there is neither, or the folder lacks some, of which it names the first.
+    """
+    if source.config.streaming:
+        raise UserError("data.streaming keeps pictures without their masks; leave it out.")
+    for column in [masks] if masks else MASK_COLUMNS:
+        if column in source.others:
+            return source.others[column]
+    return files_beside(source, masks or "masks")
+
+
+def files_beside(source: Source, masks: str) -> list[Stored]:
+    """The mask of each picture in the folder `masks`, under the picture's name."""
     roots = [Path(path).expanduser() for path in source.config.paths]
     named_folder = Path(masks).expanduser()
     files = []
@@ -87,8 +103,8 @@ def mask_files(source: Source, masks: str) -> list[Stored]:
         root = next((root for root in roots if root in picture.parents), None)
         if root is None:
             raise UserError(
-                f"Masks are looked for beside picture files, but {stored.name} is in a shard; unpack the set into "
-                "a folder of pictures and one of masks."
+                f"The data has no column {masks!r} of pictures (there are: {', '.join(source.others) or 'none'}), and "
+                f"{stored.name} lies in no folder, beside which masks are looked for; set segment.masks to the column."
             )
         folder = named_folder if named_folder.is_dir() else root.parent / masks
         file = folder / picture.relative_to(root).with_suffix(".png")
@@ -97,7 +113,7 @@ def mask_files(source: Source, masks: str) -> list[Stored]:
     if missing:
         raise UserError(
             f"There is no {missing[0]}, and {len(missing) - 1} more pictures of {len(files)} have no mask; put each "
-            "there as a PNG of class numbers, or set segment.masks to their folder."
+            "there as a PNG of class numbers, or set segment.masks to their folder, or their column in the data."
         )
     return files
 
@@ -124,13 +140,16 @@ def numbers(stored: Stored, size: tuple[int, int], classes: Sequence[str], megap
                 )
             if image.width * image.height > megapixels * 1e6:
                 raise BadPicture(stored.name, f"is larger than data.max_megapixels {megapixels:g}")
-            if image.mode not in ("1", "L", "P"):
+            values = np.array(image)
+            if image.mode == "RGB" and (values == values[:, :, :1]).all():  # grey that was saved as colours
+                values = values[:, :, 0]
+            elif image.mode not in ("1", "L", "P"):
                 raise BadPicture(
                     stored.name, f"is {image.mode}; a mask is grey or has a palette (modes 1, L, P)"
                 )
-            values = np.array(image).astype(np.uint8)
+            values = values.astype(np.uint8)
     except (UnidentifiedImageError, OSError, SyntaxError):
-        raise BadPicture(stored.name, "is no sound PNG") from None
+        raise BadPicture(stored.name, "is no sound PNG, and masks are") from None
     if len(classes) == 2:
         values = (values > 0).astype(np.uint8)
     if values.max() >= len(classes):
@@ -141,10 +160,11 @@ def numbers(stored: Stored, size: tuple[int, int], classes: Sequence[str], megap
     return Image.fromarray(values)
 
 
+@cache
 def palette(count: int) -> np.ndarray:
     """[count,3] uint8 colours far from each other: white, then what is farthest from all before, black last.
 
-    Neither is quite so: at the ends of the range autoencoders are least exact.
+    Neither is quite so: at the ends of the range autoencoders are least exact. All callers share the array.
     """
     levels = next(n for n in range(2, 8) if n**3 >= count)
     grid = np.array([*product(np.linspace(40, 215, levels), repeat=3)])[::-1]  # white first, black last
@@ -153,7 +173,9 @@ def palette(count: int) -> np.ndarray:
         nearest = np.square(grid[:-1, None] - grid[chosen]).sum(2).min(1)
         chosen.append(int(nearest.argmax()))
     chosen += [len(grid) - 1] * (count == len(grid))
-    return grid[chosen].round().astype(np.uint8)
+    colours = grid[chosen].round().astype(np.uint8)
+    colours.flags.writeable = False
+    return colours
 
 
 def coloured(mask: np.ndarray, count: int) -> Image.Image:

@@ -10,8 +10,11 @@ import functools
 import io
 import os
 import stat
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +24,24 @@ from torch import Tensor
 from ldm.config import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+OTHER_PICTURES = {
+    ".svg",
+    ".eps",
+    ".ps",
+    ".pdf",
+    ".psd",
+    ".heic",
+    ".heif",
+    ".ico",
+    ".jp2",
+    ".jxl",
+    ".tga",
+    ".exr",
+}
+"""Files that somebody may have meant as pictures: they are counted as bad, not passed over."""
+MASK_COLUMNS = ("mask", "masks", "annotation", "segmentation")
+"""Of pictures that say what others show"""
 LARGEST_FILE = 2**30
 """Bytes: a picture file larger than this is not read."""
 SIGNS = {
@@ -52,6 +73,35 @@ class Stored(NamedTuple):
     path: str | None = None
     root: Path | None = None
     """The resolved folder that the file must lie in"""
+
+
+class Some(Sequence[Stored]):
+    """Some of the pictures, in the order of `indices`."""
+
+    def __init__(self, pictures: Sequence[Stored], indices: Sequence[int]) -> None:
+        self.pictures, self.indices = pictures, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.pictures[self.indices[index]]
+
+
+class Joined(Sequence[Stored]):
+    """The pictures of several places, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Stored]]) -> None:
+        self.parts, self.ends = parts, list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = bisect_right(self.ends, index)
+        return self.parts[part][index - (self.ends[part - 1] if part else 0)]
 
 
 class Picture(NamedTuple):

@@ -30,13 +30,15 @@ IMMATERIAL = (
     "validation",
     "readiness",
     "workers",
+    "sampler",
+    "spacing",
     "autoencoder",
     "data.path",
     "data.bad_share",
     "data.max_megapixels",
 )
 """Settings that may change between two starts of one run without changing what it learns: the contract holds the
-autoencoder and the pictures, wherever they lie."""
+autoencoder and the pictures, wherever they lie. Neither does run.steps before the learning rate has begun to fall."""
 
 
 def open_folder(out: Path, recipe: Any) -> list[str]:
@@ -63,14 +65,29 @@ def changed_settings(out: Path, recipe: Any) -> list[str]:
     saved = out / "config.yaml"
     if not saved.exists() or not begun(out):
         return []
-    changed = differences(filled(yaml.safe_load(saved.read_text()), recipe), plain(recipe))
-    material = [change for change in changed if not change.startswith(IMMATERIAL)]
+    before = filled(yaml.safe_load(saved.read_text()), recipe)
+    changed = differences(before, plain(recipe))
+    may_change = IMMATERIAL + (("run.steps",) if _same_rates(out, recipe, before["run"]["steps"]) else ())
+    material = [change for change in changed if not change.startswith(may_change)]
     if material:
         raise UserError(
             f"{out} holds a run with other settings: {'; '.join(material)}. "
             "Set them back to go on with it, or choose another run.out."
         )
     return changed
+
+
+def _same_rates(out: Path, recipe: Any, steps: int) -> bool:
+    """Whether all steps done so far of a run of `steps` had the learning rates that the recipe's number gives them."""
+    done = max((int(step.name.removeprefix("step-")) for step in out.glob("checkpoints/step-*")), default=0)
+    schedules = [recipe.optimizer]
+    if hasattr(recipe, "gan_optimizer") and recipe.loss.gan.weight:
+        schedules.append(recipe.gan_optimizer)
+    return done <= recipe.run.steps and all(
+        rates.rate(step, steps) == rates.rate(step, recipe.run.steps)
+        for rates in schedules
+        for step in range(done)
+    )
 
 
 def environment(device: torch.device) -> dict[str, str]:

@@ -159,9 +159,10 @@ class Segment:
     """Naming what each pixel shows."""
 
     kind: ClassVar[str] = "segment"
-    masks: str = "masks"
-    """Folder with a mask for each picture, under its name and as PNG, whose pixels are numbers of classes; beside the
-    folder of the pictures, if it is no path from here. Drawn scenes have theirs"""
+    masks: str | None = None
+    """Column of the data with a mask for each picture, a PNG whose pixels are numbers of classes; or a folder of such
+    files under the names of the pictures, beside theirs if it is no path from here. By default the first of the columns
+    mask, masks, annotation, segmentation, or the folder masks. Drawn scenes have theirs"""
     classes: tuple[str, ...] = ("background", "thing")
     """Names of the classes 0, 1, ..., the first for where there is nothing; of two, 1 is any pixel above 0. Drawn
     scenes have theirs"""

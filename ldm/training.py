@@ -36,7 +36,8 @@ from ldm import checkpoint, random, trackers
 from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
-from ldm.faults import GO_ON, Watchdog
+from ldm.faults import GO_ON, Watchdog, let_exchanges_end
+from ldm.memory import keep_freed
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, chosen_precision
 from ldm.run_folder import environment, is_finished, open_folder
@@ -78,6 +79,10 @@ class Run(RunLog):
                 f"{started} processes were started, but Accelerate sees {accelerator.num_processes}; "
                 "without GPUs, set ACCELERATE_USE_CPU=true."
             )
+        if started > 1:
+            let_exchanges_end()
+        if self.device.type == "cpu":
+            keep_freed()
         self.config, self.recipe = config, recipe
         shares = accelerator.num_processes * config.accumulate
         if config.batch_size % shares:

@@ -12,6 +12,7 @@ from PIL import Image
 from autoencoder.perceptual import PerceptualConfig
 from ldm.config import UserError
 from ldm.data import DataConfig, shown_source
+from ldm.faults import let_exchanges_end
 from ldm.inspection import sound
 from pipelines import protocol
 from pipelines.extractors import Extractor, open_extractor
@@ -87,6 +88,8 @@ class Bench:
 
     def __init__(self, model: str, what: Evaluation) -> None:
         self.what, self.state = what, PartialState(cpu=best_device() == "cpu")
+        if self.state.num_processes > 1:
+            let_exchanges_end()
         device = self.state.device
         with self.state.main_process_first():  # who fetches weights, if they have to be
             self.subject: Subject = open_subject(model, what.weights, device)

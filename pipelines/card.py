@@ -12,13 +12,24 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from ldm.conditioning import Words
+from ldm.masks import palette
+from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
+from pipelines.card_snippets import our_snippet, stock_snippet
+from pipelines.diffusers_format import OURS
 from pipelines.gate import Proof
 from pipelines.memorisation import Copies
+from pipelines.samples import Sample
 
-TAGS = {
-    "text": "text-to-image",
-    "class": "unconditional-image-generation",
-    "none": "unconditional-image-generation",
+TAGS = {  # what it is told, or its task -> the hub's `pipeline_tag`, and a tag for more
+    "text": ("text-to-image", None),
+    "class+text": ("text-to-image", "class-conditional"),
+    "class": ("unconditional-image-generation", "class-conditional"),
+    "none": ("unconditional-image-generation", None),
+    "inpaint": ("image-to-image", "inpainting"),
+    "upscale": ("image-to-image", "super-resolution"),
+    "restore": ("image-to-image", "image-restoration"),
+    "segment": ("image-segmentation", None),
 }
 
 UNSAID = (
@@ -27,7 +38,7 @@ UNSAID = (
 BODY = """
 # {{ title }}
 
-A latent diffusion model that draws {{ size }} x {{ size }} pixel pictures {{ told }}. It was trained from zero: \
+A latent diffusion model that {{ does }}. It was trained from zero: \
 {% if encoder %}the text encoder {{ encoder }} was taken as it is, all other weights began as random numbers. \
 {% else %}all weights began as random numbers. {% endif %}
 The weights here are averages over the training (exponential moving average, decay {{ ema }}).
@@ -41,15 +52,24 @@ The weights here are averages over the training (exponential moving average, dec
 {% if samples %}
 ## Samples
 
-Unselected: one picture for each prompt, {{ request.steps }} steps, guidance {{ request.guidance }}, seeds as given.
+Unselected: {{ request.steps }} steps, guidance {{ request.guidance }}, seeds as given.
 
-| {% for prompt, seed, file in samples %}![{{ prompt | cell or "drawn" }}]({{ file }}) | {% endfor %}
+{% if task %}
+| given |{% if task.kind == "inpaint" %} white is drawn |{% endif %} made | |
+|---|---|---|{% if task.kind == "inpaint" %}---|{% endif %}
+
+{% for told, seed, file, given in samples %}
+| {% for one in given %}![given]({{ one }}) | {% endfor %}![made]({{ file }}) | {{ told | cell }} (seed {{ seed }}) |
+{% endfor %}
+{% else %}
+| {% for told, seed, file, _ in samples %}![{{ told | cell or "drawn" }}]({{ file }}) | {% endfor %}
 
 |{% for _ in samples %}---|{% endfor %}
 
-| {% for prompt, seed, file in samples %}{{ prompt | cell }} (seed {{ seed }}) | {% endfor %}
+| {% for told, seed, file, _ in samples %}{{ told | cell }} (seed {{ seed }}) | {% endfor %}
 
 
+{% endif %}
 {% else %}
 No samples are shown: {{ no_samples }}.
 {% endif %}
@@ -62,9 +82,9 @@ With stock [diffusers](https://github.com/huggingface/diffusers):
 {{ stock_snippet }}
 ```
 
-{% if kind != "text" %}
-No stock pipeline draws from classes, or from nothing, with these parts, so the repository has a small one in
-`pipeline.py`; `trust_remote_code` runs that file: read it first.
+{% if not stock %}
+No stock pipeline does this with these parts, so the repository has a small one in `pipeline.py`; `trust_remote_code`
+runs that file: read it first.
 
 {% endif %}
 With the tool that it was trained with:
@@ -157,8 +177,10 @@ class Facts:
     license: str
     license_name: str | None
     """Of one that the hub doesn't know"""
-    kind: str
-    """text, class or none"""
+    words: Words
+    """What it is told"""
+    task: Task | None
+    """If it begins with a picture"""
     pipeline: str
     """The class in model_index.json"""
     recipe: dict[str, Any]
@@ -173,7 +195,7 @@ class Facts:
     data_facts: Sequence[str]
     metrics: Sequence[Metric]
     proof: Proof
-    samples: Sequence[tuple[str, int, str]]
+    samples: Sequence[Sample]
     no_samples: str
     safety: str
 
@@ -181,7 +203,6 @@ class Facts:
 def model_card(facts: Facts) -> str:
     """README.md as text: the YAML header that the hub reads, then the card."""
     data = facts.recipe["data"]
-    told = {"text": "from captions", "class": f"of {len(facts.classes)} classes", "none": "of one kind"}
     text = facts.recipe["conditioning"]["text"]
     taken = [text[key] for key in ("encoder", "encoder_2") if text.get(key)]
     encoder = " and ".join(map(leaf, taken)) if text.get("weights", "pretrained") == "pretrained" else ""
@@ -193,18 +214,19 @@ def model_card(facts: Facts) -> str:
             **vars(facts.proof),
             "title": facts.name.split("/")[1],
             "size": data["size"],
-            "told": told[facts.kind],
+            "does": does(facts),
+            "stock": facts.pipeline != OURS,
             "encoder": encoder,
             "about": facts.about or UNSAID,
             "ema": facts.recipe["ema_decay"],
-            "stock_snippet": stock_snippet(facts),
-            "our_snippet": our_snippet(facts),
+            "stock_snippet": stock_snippet(facts.name, facts.pipeline, facts.proof.request, facts.samples),
+            "our_snippet": our_snippet(facts.name, facts.task, facts.proof.request, facts.samples),
             "data_name": leaf(data["path"]),
             "data_split": data["split"],
             "flipped": ", half of them mirrored" if data["flip"] else "",
             "recipe": published_recipe(facts.recipe),
             "first_recipe": published_recipe(facts.first_recipe) if facts.first_recipe else "",
-            "copies": about_copies(facts.proof.copies),
+            "copies": about_copies(facts.proof.copies, facts.task),
             "limits": limits(facts),
         }
     )
@@ -218,11 +240,12 @@ def cell(text: str) -> str:
 
 def header(facts: Facts) -> str:
     """The YAML that the hub validates."""
+    tag, more = TAGS[facts.task.kind if facts.task else facts.words]
     path = facts.recipe["data"]["path"]
     paths = [path] if isinstance(path, str) else path
     results = [
         EvalResult(
-            task_type=TAGS[facts.kind],
+            task_type=tag,
             dataset_type=leaf(path),
             dataset_name=leaf(path),
             metric_type=metric.kind,
@@ -236,41 +259,17 @@ def header(facts: Facts) -> str:
         license_name=facts.license_name,
         license_link="LICENSE" if facts.license_name else None,
         library_name="diffusers",
-        pipeline_tag=TAGS[facts.kind],
-        tags=["latent-diffusion", "trained-from-scratch"],
+        pipeline_tag=tag,
+        tags=["latent-diffusion", "trained-from-scratch", *([more] if more else [])],
         datasets=[one.removeprefix("hub:") for one in paths if one.startswith("hub:")] or None,
         model_name=facts.name.split("/")[1] if results else None,
         eval_results=results or None,
     ).to_yaml()
 
 
-def stock_snippet(facts: Facts) -> str:
-    """A few lines of stock diffusers that draw the first sample."""
-    request = facts.proof.request
-    more = f', custom_pipeline="{facts.name}", trust_remote_code=True' if facts.kind != "text" else ""
-    kind = facts.pipeline if facts.kind == "text" else "DiffusionPipeline"
-    prompt = f"[{request.prompts[0]!r}], guidance_scale={request.guidance}, " if request.prompts else ""
-    return (
-        f"import torch\nfrom diffusers import {kind}\n\n"
-        f'model = {kind}.from_pretrained("{facts.name}"{more})\n'
-        f"seeds = [torch.Generator().manual_seed({request.seed})]\n"
-        f"image = model({prompt}num_inference_steps={request.steps}, generator=seeds).images[0]\n"
-        'image.save("drawn.png")'
-    )
-
-
-def our_snippet(facts: Facts) -> str:
-    request = facts.proof.request
-    prompt = f"[{request.prompts[0]!r}], guidance={request.guidance}, " if request.prompts else ""
-    return (
-        "from pipelines import LatentDiffusion\n\n"
-        f'model = LatentDiffusion.from_pretrained("{facts.name}")\n'
-        f"image = model({prompt}steps={request.steps}, seed={request.seed})[0]\n"
-        'image.save("drawn.png")'
-    )
-
-
-def about_copies(copies: Copies | None) -> str:
+def about_copies(copies: Copies | None, task: Task | None) -> str:
+    if isinstance(task, Segment):
+        return "Not looked for: the model makes masks."
     if copies is None:
         return "Not checked: the training data was not at hand when the model was published."
     return (
@@ -280,16 +279,64 @@ def about_copies(copies: Copies | None) -> str:
     )
 
 
+def does(facts: Facts) -> str:
+    """What the model does, after "A latent diffusion model that"."""
+    size, task, count = facts.recipe["data"]["size"], facts.task, len(facts.classes)
+    classes = f"of {count} classes"
+    told = {
+        "text": "from captions",
+        "class": classes,
+        "class+text": f"{classes} from captions",
+        "none": "of one kind",
+    }
+    if task is None:
+        return f"draws {size} x {size} pixel pictures {told[facts.words]}"
+    by = {
+        "text": "captions",
+        "class": "the names of classes",
+        "class+text": "captions and the names of classes",
+    }
+    told_by = f", told by {by[facts.words]}" if facts.words in by else ""
+    if isinstance(task, Inpaint):
+        what = "fills holes in pictures"
+    elif isinstance(task, Upscale):
+        what = f"makes pictures {task.factor} times as wide and high"
+    elif isinstance(task, Restore):
+        what = f"removes {listed(damage(task))} from pictures"
+    else:
+        what = f"says what each pixel of a picture shows, by one of {len(task.classes)} colours"
+    return f"{what}{told_by}; it was trained on {size} x {size} pixels"
+
+
+def damage(task: Restore) -> list[str]:
+    """What the task undoes, in words."""
+    names = {"blur": "blur", "noise": "noise", "jpeg": "JPEG artefacts"}
+    return [name for key, name in names.items() if getattr(task, key) is not None]
+
+
+def listed(words: Sequence[str]) -> str:
+    """a, b and c"""
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), words[-1]])
+
+
 def limits(facts: Facts) -> str:
     """What the model can't do, as far as the recipe tells."""
-    size = facts.recipe["data"]["size"]
-    known = {
-        "text": "It knows the words and things of its training captions and no others.",
-        "class": f"It knows {len(facts.classes)} classes: {', '.join(facts.classes)}.",
-        "none": "It can't be told what to draw.",
-    }
+    size, task = facts.recipe["data"]["size"], facts.task
+    known = []
+    if isinstance(task, Segment):
+        named = zip(task.classes, palette(len(task.classes)).tolist(), strict=True)
+        colours = ", ".join(f"{name} `rgb{tuple(colour)}`" for name, colour in named)
+        known += [f"It knows {len(task.classes)} classes, the nearest of these colours each: {colours}."]
+    elif task:
+        known += ["What it adds to a picture is guessed, and no record of what was there."]
+    if "text" in facts.words:
+        known += ["It knows the words and things of its training captions and no others."]
+    if "class" in facts.words:
+        known += [f"It knows {len(facts.classes)} classes: {', '.join(facts.classes)}."]
+    if facts.words == "none" and task is None:
+        known += ["It can't be told what to draw."]
     return (
-        f"{known[facts.kind]} Pictures much larger or smaller than {size} pixels, or of other proportions, are outside "
+        f"{' '.join(known)} Pictures much larger or smaller than {size} pixels, or of other proportions, are outside "
         "of what it was trained on. It repeats the prejudices of its data, and what it draws is no record of anything "
         "real."
     )
@@ -299,6 +346,10 @@ def published_recipe(recipe: dict[str, Any]) -> str:
     """The resolved recipe as YAML, without where things lay on the author's machine."""
     run = {key: value for key, value in recipe["run"].items() if key not in ("out", "tracker")}
     cleaned = recipe | {"run": run, "data": recipe["data"] | {"path": leaf(recipe["data"]["path"])}}
+    if "segment" in recipe:
+        cleaned["segment"] = recipe["segment"] | {
+            "masks": recipe["segment"]["masks"] and leaf(recipe["segment"]["masks"])
+        }
     if "autoencoder" in recipe:
         cleaned["autoencoder"] = leaf(recipe["autoencoder"])
     if "conditioning" in recipe:

@@ -1,4 +1,4 @@
-"""Figures for the model card: what `ldm evaluate` has measured of the very weights that are published."""
+"""Figures for the model card: what stage 1 and `ldm evaluate` have measured of the very weights that are published."""
 
 from __future__ import annotations
 
@@ -7,8 +7,31 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from autoencoder.store import weight_hash
 from ldm.config import UserError
-from pipelines.card import Metric
+from pipelines.card import Metric, leaf
+
+RECONSTRUCTION = {"psnr_db": "psnr", "ssim": "ssim", "lpips": "lpips"}
+"""Key of a stage 1 result -> what the hub calls it"""
+
+
+def reconstructed(stage1: Path | None, autoencoder: str) -> list[Metric]:
+    """The figures that stage 1 measured, if its run is there and trained the autoencoder with this hash."""
+    if stage1 is None or weight_hash(stage1 / "model") != autoencoder:
+        return []
+    result = json.loads((stage1 / "result.json").read_text())
+    recipe = yaml.safe_load((stage1 / "config.yaml").read_text())
+    show, data = recipe["show"], recipe["data"]
+    split = result.get("psnr_split") or show.get("split") or data["split"]
+    protocol = f"autoencoder alone; mean over {show['count']} pictures of split {split} of "
+    protocol += f"{leaf(data['path'])}, {data['size']} pixels, posterior means"
+    return [
+        Metric(kind=kind, name=f"{key} of reconstructions", value=result[key], protocol=protocol)
+        for key, kind in RECONSTRUCTION.items()
+        if key in result
+    ]
 
 
 def evaluated(run: Path, unet_sha256: str) -> list[Metric]:

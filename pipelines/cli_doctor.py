@@ -9,11 +9,12 @@ from typing import Any
 
 def add_doctor(verbs: Any) -> None:
     """The verb `doctor` and what it looks at, to the subparsers of `ldm`."""
-    doctor = verbs.add_parser("doctor", help="look at data, latents or a model")
+    doctor = verbs.add_parser("doctor", help="look at data, latents, a model or a picture")
     things = doctor.add_subparsers(dest="thing", required=True, metavar="THING")
     add_data(things)
     add_latents(things)
     add_model(things)
+    add_picture(things)
 
 
 def add_latents(things: Any) -> None:
@@ -98,3 +99,15 @@ def run_model(options: argparse.Namespace) -> None:
     from pipelines.doctor_model import doctor_model
 
     doctor_model(options.model, options.prompt)
+
+
+def add_picture(things: Any) -> None:
+    reader = things.add_parser("picture", help="what picture files say of where they are from")
+    reader.add_argument("files", metavar="PICTURE", type=Path, nargs="+")
+    reader.set_defaults(run=run_picture)
+
+
+def run_picture(options: argparse.Namespace) -> None:
+    from pipelines.doctor_picture import doctor_picture
+
+    doctor_picture(options.files)

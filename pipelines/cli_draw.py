@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
 from ldm.config import UserError
-from pipelines.credentials import credentials_of, credentials_option
-from pipelines.safety import SafetyChecker, provenance
+from pipelines.cli_out import keep, opened, out_options, require_room
 
 if TYPE_CHECKING:
     from ldm.guidance import Guidance
@@ -92,21 +87,6 @@ def seed_option(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--seed", type=seeds, default=0, metavar="N", help=help)
 
 
-def out_options(reader: argparse.ArgumentParser) -> None:
-    """Where to, how exactly, and who looks at it before."""
-    help = "bf16 is faster where the processor has it, and pictures differ slightly (default f32)"
-    reader.add_argument("--precision", choices=("f32", "bf16"), default="f32", help=help)
-    help = "compute the inner levels of the U-Net once in N steps: faster, other pictures (default 1: always)"
-    reader.add_argument("--reuse", type=int, default=1, metavar="N", help=help)
-    help = "folder for the pictures and sheet.png"
-    reader.add_argument("--out", type=Path, required=True, metavar="DIR", help=help)
-    help = "a stock safety checker, folder or hub name: pictures that it flags are not written"
-    reader.add_argument("--checker", metavar="NAME", help=help)
-    help = "write them nevertheless, with what the checker said inside"
-    reader.add_argument("--keep-flagged", action="store_true", help=help)
-    credentials_option(reader)
-
-
 def seeds(text: str) -> int | list[int]:
     """N, or N,N,..."""
     try:
@@ -131,41 +111,6 @@ def prompts_of(options: argparse.Namespace) -> list[str]:
     if options.n < 1:
         raise UserError(f"--n is {options.n}, but must be at least 1.")
     return [*options.prompts, *(read_lines(options.file) if options.file else [])]
-
-
-def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker | None]:
-    """The model, on the best device, and the checker that is asked for.
-
-    The folder for the pictures is made first, so that no work is lost; without the checker nothing is drawn.
-    """
-    from pipelines.latent_diffusion import LatentDiffusion, best_device
-    from pipelines.safety import ClipSafetyChecker
-
-    if options.keep_flagged and not options.checker:
-        raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
-    credentials_of(options)
-    asked = [getattr(options, name, None) for name in ("picture", "mask", "first", "second")]
-    for file in [Path(one) for one in asked if one] + getattr(options, "pictures", []):
-        if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
-            spare(file, options.out / file.name)
-    make(options.out)
-    checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
-    model = LatentDiffusion.from_pretrained(options.model).to(best_device())
-    return replace(model, precision=options.precision, reuse=options.reuse), checker
-
-
-def make(out: Path) -> None:
-    """Make the folder for what is drawn; UserError if it can't be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"--out is {out}, which can't be made a folder: {problem.strerror}.") from None
-
-
-def spare(read: Path, written: Path) -> None:
-    """UserError if a picture that is read is also where one might be written."""
-    if read.resolve() == written.resolve():
-        raise UserError(f"{read} lies in --out and would be replaced; choose another folder with --out.")
 
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:
@@ -203,6 +148,37 @@ def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
     return {"prompts": prompts or None, "classes": classes or None}
 
 
+def told_one(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
+    """`told`, for the verbs with one prompt; UserError for a class beside it that the model has no place for."""
+    from ldm.conditioning import ClassAndText
+
+    prompt, name = options.prompt, options.class_name
+    if isinstance(model.conditioner, ClassAndText) or name is None:
+        return {"prompt": prompt, "classes": name}
+    if prompt is not None:
+        raise UserError(
+            f"--class is {name!r} and the prompt {prompt!r}, but this model is told one of the two; leave one out."
+        )
+    return {"prompt": name, "classes": None}
+
+
+def class_option(reader: argparse.ArgumentParser) -> None:
+    """For the verbs with one prompt."""
+    help = "the name of a class; for a model of both, beside the caption"
+    reader.add_argument("--class", dest="class_name", metavar="NAME", help=help)
+
+
+def words_of(asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """What each of `count` pictures was told, as notes have it, for what `told` gave."""
+    columns = (
+        [text for text in asked[name] for _ in range(count // len(asked[name]))]
+        if asked[name]
+        else [None] * count
+        for name in ("prompts", "classes")
+    )
+    return [{"prompt": prompt, "class_name": name} for prompt, name in zip(*columns, strict=True)]
+
+
 @contextmanager
 def spoken() -> Iterator[None]:
     """While open, that a prompt was cut is said once, in a sentence."""
@@ -226,6 +202,7 @@ def generate(options: argparse.Namespace) -> None:
     if options.columns is not None and options.columns < 1:
         raise UserError(f"--columns is {options.columns}, but must be at least 1.")
     model, checker = opened(options)
+    require_room(options, options.size or model.size)
     asked = told(options, model)
     names = ("size", "batch", "tile", "eta")
     settings = sampled(options) | {name: getattr(options, name) for name in names}
@@ -248,25 +225,11 @@ def records(
         "drawn_on": arithmetic(model),
         "guidance": guidance(options),
     } | {name: getattr(options, name) for name in ("negative", "steps", "spacing", "tile", "eta")}
-    each = {
-        name: [text for text in asked[name] for _ in range(count // len(asked[name]))]
-        if asked[name]
-        else [None] * count
-        for name in ("prompts", "classes")
-    }
-    made = []
+    words, made = words_of(asked, count), []
     for i, seed in enumerate(seeds_of(options.seed, count)):
         first = i // options.batch * options.batch
-        made.append(
-            Record(
-                **shared,
-                prompt=each["prompts"][i],
-                class_name=each["classes"][i],
-                seed=seed,
-                batch=min(options.batch, count - first),
-                place=i - first,
-            )
-        )
+        place = {"batch": min(options.batch, count - first), "place": i - first}
+        made.append(Record(**shared, **words[i], seed=seed, **place))
     return made
 
 
@@ -276,6 +239,8 @@ def run_recreate(options: argparse.Namespace) -> None:
 
     read = [read_record(file) for file in options.pictures]
     model, checker = opened(options)
+    for _, picture in read:
+        require_room(options, picture.size)
     identity, here = fingerprint(model), arithmetic(model)
     images = []
     for file, (record, picture) in zip(options.pictures, read, strict=True):
@@ -298,46 +263,3 @@ def captions(notes: Sequence[Mapping[str, object]]) -> list[str] | None:
     """The prompt of each picture, if there are any."""
     prompts = [str(note.get("prompt", "")) for note in notes]
     return prompts if any(prompts) else None
-
-
-def keep(
-    images: Sequence[Image.Image],
-    options: argparse.Namespace,
-    notes: Sequence[Mapping[str, object]],
-    checker: SafetyChecker | None,
-    captions: Sequence[str] | None = None,
-    columns: int | None = None,
-) -> None:
-    """Save each picture with its notes inside, and a sheet of all; those that the checker flags stay unwritten."""
-    from pipelines.safety import withheld
-    from pipelines.sheets import contact_sheet
-
-    written, shown = [True] * len(images), images
-    if checker:
-        black, verdicts = withheld(images, checker)
-        flagged = [verdict.flagged for verdict in verdicts]
-        notes = [
-            dict(note) | {"checked_by": checker.name, "flagged": bad}
-            for note, bad in zip(notes, flagged, strict=True)
-        ]
-        then = "written nevertheless" if options.keep_flagged else "not written"
-        print(f"{checker.name} flagged {sum(flagged)} of {len(images)} pictures; these are {then}")
-        if not options.keep_flagged:
-            written, shown = [not bad for bad in flagged], black
-    files = {}
-    for i, image in enumerate(images):
-        file = options.out / f"{i:04d}.png"
-        if written[i]:
-            files[file] = image, notes[i]
-        else:  # nor is one of an earlier call left in its place
-            file.unlink(missing_ok=True)
-    sheet = options.out / "sheet.png"
-    shared = {key: value for key, value in notes[0].items() if all(note.get(key) == value for note in notes)}
-    shared["made_by"] = f"{shared['made_by']}, as a sheet"
-    files[sheet] = contact_sheet(shown, captions, columns=columns), shared
-    signer = credentials_of(options)
-    for file, (image, about) in files.items():
-        image.save(file, pnginfo=provenance(**about))
-        if signer:
-            signer.sign(file)
-    print(f"{sum(written)} pictures in {options.out}, all of them on {sheet}")

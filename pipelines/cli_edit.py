@@ -11,17 +11,18 @@ from PIL import Image
 from ldm.config import UserError
 from pipelines.cli_draw import (
     MODEL,
+    class_option,
     guidance,
-    keep,
-    opened,
-    out_options,
     prompt_options,
     sampled,
     sampling_options,
     seed_option,
     size,
     told,
+    told_one,
+    words_of,
 )
+from pipelines.cli_out import keep, opened, out_options, require_room
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -94,6 +95,7 @@ def inversion_options(reader: argparse.ArgumentParser) -> None:
     """How to go to noise and back."""
     help = "what the picture shows: a caption, or the name of a class"
     reader.add_argument("prompt", metavar="PROMPT", nargs="?", help=help)
+    class_option(reader)
     reader.add_argument("--steps", type=int, default=30, help="steps of DDIM (default 30)")
     reader.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
 
@@ -103,6 +105,7 @@ def run_edit(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
+    require_room(options, picture.size)
     asked = told(options, model)
     images = image_to_image(model, picture, **asked, strength=options.strength, **sampled(options))
     notes = drawn_notes(options, model, asked, len(images), strength=options.strength)
@@ -116,6 +119,7 @@ def run_inpaint(options: argparse.Namespace) -> None:
     picture = picture_of(options, options.picture)
     mask = picture_of(options, options.mask) if options.mask else None
     model, checker = opened(options)
+    require_room(options, options.canvas or picture.size)
     asked = told(options, model)
     how = {"soft": options.soft, "resample": options.resample}
     if mask:
@@ -132,8 +136,9 @@ def run_vary(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
-    how = inverted(options) | {"amount": options.amount}
-    images = vary(model, picture, options.prompt, n=options.n, seed=options.seed, **how)
+    require_room(options, picture.size)
+    how, asked = inverted(options) | {"amount": options.amount}, told_one(options, model)
+    images = vary(model, picture, **asked, n=options.n, seed=options.seed, **how)
     notes = [notes_of(options, **how, seed=seed) for seed in seeds_of(options.seed, len(images))]
     keep(images, options, notes, checker)
 
@@ -143,15 +148,16 @@ def run_invert(options: argparse.Namespace) -> None:
 
     picture = picture_of(options, options.picture)
     model, checker = opened(options)
-    how = inverted(options)
-    noise = invert(model, picture, options.prompt, iterations=options.iterations, **how)
-    again = drawn_again(model, picture, noise, options.prompt, **how)
+    require_room(options, picture.size)
+    how, asked = inverted(options), told_one(options, model)
+    noise = invert(model, picture, **asked, iterations=options.iterations, **how)
+    again = drawn_again(model, picture, noise, **asked, **how)
     print(
         f"drawn again from its noise: PSNR {again.psnr:.1f} dB; the autoencoder alone gives {again.ceiling:.1f} dB"
     )
     images = [again.picture]
     if options.to is not None:
-        images += from_noise(model, noise, options.to, **how)
+        images += from_noise(model, noise, options.to, classes=asked["classes"], **how)
     keep(
         images,
         options,
@@ -170,8 +176,10 @@ def run_interpolate(options: argparse.Namespace) -> None:
         )
     first, second = (int(end) if end.isdecimal() else picture_of(options, Path(end)) for end in ends.values())
     model, checker = opened(options)
+    sizes = [end.size for end in (first, second) if not isinstance(end, int)]
+    require_room(options, sizes[0] if sizes else model.size)
     how = inverted(options) | {"to": options.to}
-    images = interpolate(model, first, second, options.prompt, count=options.count, **how)
+    images = interpolate(model, first, second, **told_one(options, model), count=options.count, **how)
     about = notes_of(options, **how, **{name: Path(end).name for name, end in ends.items()})
     keep(images, options, [about | {"picture": i} for i in range(len(images))], checker, columns=len(images))
 
@@ -192,7 +200,7 @@ def notes_of(options: argparse.Namespace, **more: object) -> dict[str, object]:
     for name in ("picture", "mask"):
         if file := getattr(options, name, None):
             about[f"from_{name}"] = file.name
-    about["prompt"] = getattr(options, "prompt", None)
+    about |= {name: getattr(options, name, None) for name in ("prompt", "class_name")}
     return {key: value for key, value in (about | more).items() if value is not None}
 
 
@@ -205,8 +213,8 @@ def drawn_notes(
 
     how = {name: getattr(options, name) for name in ("steps", "spacing", "negative", "size")}
     how["guidance"] = guidance_note(guidance(options))
-    prompts = [prompt for prompt in asked["prompts"] or [None] for _ in range(options.n)]
+    how |= {"sampler": options.sampler or model.sampler, **more}
     return [
-        notes_of(options, **how, **more, sampler=options.sampler or model.sampler, prompt=prompt, seed=seed)
-        for prompt, seed in zip(prompts, seeds_of(options.seed, count), strict=True)
+        notes_of(options, **how, **words, seed=seed)
+        for words, seed in zip(words_of(asked, count), seeds_of(options.seed, count), strict=True)
     ]

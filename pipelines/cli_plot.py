@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.cli_draw import MODEL
+from pipelines.safety import provenance
 
 if TYPE_CHECKING:
     from pipelines.latent_diffusion import LatentDiffusion
@@ -152,5 +153,5 @@ def save(figure: Any, file: Path) -> None:
     if hasattr(figure, "savefig"):
         figure.savefig(file, dpi=110)
     else:
-        figure.save(file)
+        figure.save(file, pnginfo=provenance(made_by="ldm plot"))
     print(file)

@@ -43,6 +43,18 @@ def add_publish(verbs: Any) -> None:
         metavar="TEXT",
         help="of a sample; may be repeated",
     )
+    verb.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of a sample, for a model of classes and captions: one, or one a prompt",
+    )
+    help = "to make a sample of, for a task that begins with one; may be repeated (default drawn scenes)"
+    verb.add_argument(
+        "--picture", dest="pictures", type=Path, action="append", default=[], metavar="FILE", help=help
+    )
     verb.set_defaults(run=run_publish)
 
 
@@ -50,5 +62,6 @@ def run_publish(options: argparse.Namespace) -> None:
     from pipelines.publish import Publication, publish
 
     said = {key: value for key, value in vars(options).items() if key not in ("run", "verb")}
-    said |= {"prompts": tuple(options.prompts), "credentials": credentials_of(options)}
+    said |= {name: tuple(said[name]) for name in ("prompts", "classes", "pictures")}
+    said |= {"credentials": credentials_of(options)}
     publish(Publication(**said))

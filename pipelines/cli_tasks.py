@@ -6,17 +6,15 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ldm.config import UserError
-from pipelines.cli_draw import MODEL, make, spare
-from pipelines.safety import provenance
-
-if TYPE_CHECKING:
-    from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.cli_draw import MODEL, class_option, told_one
+from pipelines.cli_out import keep_one, opened, out_options, require_room, spare, speed_options, write
 
 
 def add_tasks(verbs: Any) -> None:
@@ -36,7 +34,7 @@ def add_tasks(verbs: Any) -> None:
     sound.add_argument("--noise", type=float, metavar="X", help=noise)
 
     parts = verbs.add_parser("segment", help="what each pixel shows: masks, confidence and boxes")
-    task_options(parts, run_segment, samples=8, steps=20)
+    task_options(parts, run_segment, samples=8, steps=20, pictures=False)
 
     judge = verbs.add_parser(
         "recover", help="spoil pictures of a set, let a model make them good, and measure"
@@ -49,39 +47,37 @@ def add_tasks(verbs: Any) -> None:
     judge.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     judge.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
     judge.add_argument("--seed", type=int, default=0, help="of what is spoiled, and of what is drawn")
-    judge.add_argument("--masks", default="masks", metavar="DIR", help="for segmentation: the true masks")
+    masks = "for segmentation: the column or folder of the true masks, as segment.masks of a recipe"
+    judge.add_argument("--masks", metavar="NAME", help=masks)
     alone = "for restoration: %s alone, instead of what it was trained on"
     judge.add_argument("--blur", type=float, metavar="PIXELS", help=alone % "Gaussian blur")
     judge.add_argument("--noise", type=float, metavar="X", help=alone % "Gaussian noise of X of 255")
     judge.add_argument("--jpeg", type=float, metavar="QUALITY", help=alone % "JPEG artefacts")
+    speed_options(judge)
     judge.add_argument(
         "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
     )
     judge.set_defaults(run=run_recover)
 
 
-def task_options(reader: argparse.ArgumentParser, run: Any, samples: int, steps: int) -> None:
+def task_options(
+    reader: argparse.ArgumentParser, run: Any, samples: int, steps: int, pictures: bool = True
+) -> None:
+    """What all of them are told; `pictures`: it makes some to look at, not masks."""
     reader.add_argument("model", metavar="MODEL", help=MODEL)
     reader.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path)
     reader.add_argument(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
+    class_option(reader)
     help = f"drawn of each picture, and averaged (default {samples})"
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
     reader.add_argument("--sampler", help="by default the one the model names")
     reader.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
     reader.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
-    reader.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    out_options(reader, pictures)
     reader.set_defaults(run=run)
-
-
-def opened(options: argparse.Namespace) -> LatentDiffusion:
-    """The model, on the best device; the folder for the results is made first, so that no work is lost."""
-    from pipelines.latent_diffusion import LatentDiffusion, best_device
-
-    make(options.out)
-    return LatentDiffusion.from_pretrained(options.model).to(best_device())
 
 
 def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
@@ -96,7 +92,7 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
             )
     for file in options.pictures:
         spare(file, options.out / f"{file.stem}.png")
-    for file in options.pictures:
+    for file in tqdm(options.pictures, unit="img", disable=len(options.pictures) == 1):
         yield read_picture(file), options.out / file.stem
 
 
@@ -104,44 +100,58 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("samples", "steps", "sampler", "guidance", "seed")}
 
 
-def note(options: argparse.Namespace, **more: Any) -> Any:
+def note(options: argparse.Namespace, **more: Any) -> dict[str, object]:
     """What a picture says about how it was made."""
-    about = {"model": Path(options.model).name, "task": options.verb, "prompt": options.prompt or ""}
-    return provenance(**about, **settings(options), **more)
+    about = {"made_by": f"ldm {options.verb}", "model": Path(options.model).name, "prompt": options.prompt}
+    about |= {"class_name": options.class_name, **settings(options), **more}
+    return {key: value for key, value in about.items() if value is not None}
 
 
 def run_upscale(options: argparse.Namespace) -> None:
     from pipelines.tasks import upscale
 
-    model = opened(options)
-    more = {"noise": options.noise, "tile": options.tile}
+    model, checker = opened(options)
+    more, words = {"noise": options.noise, "tile": options.tile}, told_one(options, model)
+    grows = getattr(model.task, "factor", 1)
     for picture, stem in each(options):
-        upscale(model, picture, options.prompt, **settings(options), **more).save(
-            f"{stem}.png", pnginfo=note(options, **more)
-        )
-    print(f"{len(options.pictures)} pictures in {options.out}")
+        require_room(options, (picture.width * grows, picture.height * grows))
+        made = upscale(model, picture, **words, **settings(options), **more)
+        keep_one(made, stem, note(options, **more), options, checker)
+    print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 
 def run_restore(options: argparse.Namespace) -> None:
+    from ldm.degradations import noise_level
+    from pipelines.inputs import upright
     from pipelines.tasks import restore
 
-    model = opened(options)
+    model, checker = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
-        made = restore(model, picture, options.prompt, noise=options.noise, **settings(options))
-        made.save(f"{stem}.png", pnginfo=note(options, noise=options.noise))
-    print(f"{len(options.pictures)} pictures in {options.out}")
+        require_room(options, picture.size)
+        noise = options.noise
+        if model.task is None and noise is None:
+            noise = round(noise_level(upright(picture)), 1)
+            say = (
+                f"{stem.name}: noise of about {noise} of 255; a model that draws removes Gaussian noise alone"
+            )
+            tqdm.write(say)
+        made = restore(model, picture, **words, noise=noise, **settings(options))
+        keep_one(made, stem, note(options, noise=noise), options, checker)
+    print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 
 def run_segment(options: argparse.Namespace) -> None:
     from pipelines.tasks import segment
 
-    model = opened(options)
+    model, _ = opened(options)
+    words = told_one(options, model)
     for picture, stem in each(options):
-        found = segment(model, picture, options.prompt, **settings(options))
-        found.picture().save(f"{stem}-mask.png", pnginfo=note(options))
-        confidence = (found.confidence * 255).round().astype(np.uint8)
-        Image.fromarray(confidence).save(f"{stem}-confidence.png", pnginfo=note(options))
-        found.over(picture).save(f"{stem}-boxes.png", pnginfo=note(options))
+        found = segment(model, picture, **words, **settings(options))
+        confidence = Image.fromarray((found.confidence * 255).round().astype(np.uint8))
+        made = {"mask": found.picture(), "confidence": confidence, "boxes": found.over(picture)}
+        about = note(options)
+        write({Path(f"{stem}-{name}.png"): (image, about) for name, image in made.items()}, options, None)
         Path(f"{stem}-boxes.json").write_text(json.dumps(found.boxes(), indent=1) + "\n")
     print(
         f"{len(options.pictures)} pictures in {options.out}: NAME-mask.png (numbers of classes), "

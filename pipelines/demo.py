@@ -17,6 +17,7 @@ from ldm.config import UserError
 from ldm.scenes import prompts
 from ldm.scenes_check import satisfied
 from pipelines.latent_diffusion import LatentDiffusion, best_device
+from pipelines.safety import provenance
 from pipelines.sheets import contact_sheet
 
 RECIPES = Path(__file__).parents[1] / "configs" / "scenes"
@@ -85,8 +86,10 @@ def draw_and_check(out: Path) -> dict[str, object]:
     verdicts = [satisfied(image, caption) for image, caption in zip(images, captions, strict=True)]
     shares = {key: sum(v[key] for v in verdicts) / len(verdicts) for key in verdicts[0]}
     wrong = [not verdict["all"] for verdict in verdicts]
-    contact_sheet(images[:SHOWN], captions[:SHOWN], columns=6, wrong=wrong[:SHOWN]).save(out / "sheet.png")
-    contact_sheet(images, captions, columns=16, wrong=wrong).save(out / "all.png")
+    few = contact_sheet(images[:SHOWN], captions[:SHOWN], columns=6, wrong=wrong[:SHOWN])
+    few.save(out / "sheet.png", pnginfo=provenance(made_by="ldm demo"))
+    whole = contact_sheet(images, captions, columns=16, wrong=wrong)
+    whole.save(out / "all.png", pnginfo=provenance(made_by="ldm demo"))
     stages = [json.loads((out / name / "result.json").read_text()) for name in ("vae", "ldm")]
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {

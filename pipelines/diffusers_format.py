@@ -55,7 +55,7 @@ def save(model: LatentDiffusion, folder: Path) -> None:
         index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": DIFFUSERS_VERSION}
         text, labels = text_of(model.conditioner), labels_of(model.conditioner)
         if text:
-            parts |= _save_text(text, fresh)
+            parts |= _save_text(text, fresh, stock=kind != OURS)
         if model.task and kind != INPAINT:
             index["task"] = to_json(model.task)
             if isinstance(model.task, Segment):
@@ -76,13 +76,14 @@ def kind_of(model: LatentDiffusion) -> str:
     return INPAINT if isinstance(model.task, Inpaint) and not text.pools else OURS
 
 
-def _save_text(text: Text, fresh: Path) -> dict[str, Any]:
-    """Encoders and tokenizers into their folders => their lines of the index."""
-    lines: dict[str, Any] = {"feature_extractor": [None, None], "image_encoder": [None, None]}
-    if text.pools:
-        lines |= {"text_encoder": [None, None], "tokenizer": [None, None], ZERO_NULL: text.zero_null}
-    else:
-        lines |= {"safety_checker": [None, None], "requires_safety_checker": False}
+def _save_text(text: Text, fresh: Path, *, stock: bool) -> dict[str, Any]:
+    """Encoders and tokenizers into their folders => their lines of the index, and of what a stock pipeline lacks."""
+    lines: dict[str, Any] = {ZERO_NULL: text.zero_null} if text.pools else {}
+    if stock:
+        lacking = ["feature_extractor", "image_encoder"]
+        lacking += ["text_encoder", "tokenizer"] if text.pools else ["safety_checker"]
+        lines |= {name: [None, None] for name in lacking}
+        lines |= {} if text.pools else {"requires_safety_checker": False}
     ends = ["", "_2"] if len(text.encoders) == 2 else ["_2" if text.pools else ""]
     for end, encoder, tokenizer in zip(ends, text.encoders, text.tokenizers, strict=True):
         with quietly():

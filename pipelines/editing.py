@@ -16,11 +16,12 @@ from torch import Tensor
 from ldm.checks import require_int
 from ldm.guidance import Guidance
 from ldm.paths import Grid, Spacing
-from ldm.pictures import to_images
+from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Adjust, Denoise, Noise, Sampler
-from pipelines import tasks
+from ldm.tasks import Inpaint
 from pipelines.inputs import filled, softened, to_mask, to_pixels, upright
 from pipelines.latent_diffusion import LatentDiffusion, noise_of, seeds_of
+from pipelines.tasks import hole_filled, require_task
 
 Prompts = str | Sequence[str] | None
 
@@ -45,14 +46,21 @@ def begin(
     seed: int | Sequence[int],
 ) -> Start:
     """Encode pixels [1,3,H,W] and read what is told of them; noise is drawn in the order of stock pipelines."""
+    read, seeds = told(model, prompts, classes, n, seed)
+    shape = model.latent_shape((pixels.shape[3], pixels.shape[2]))
+    noise = noise_of(seeds, shape, model.device)
+    z = model.encode(pixels, noise(-2))
+    denoise = model.guided(read, len(seeds), shape, guidance, negative)
+    return Start(z, noise(-1), noise, denoise)
+
+
+def told(
+    model: LatentDiffusion, prompts: Prompts, classes: Prompts, n: int, seed: int | Sequence[int]
+) -> tuple[dict[str, Tensor], Sequence[int]]:
+    """The words of each picture, n for a prompt, as the conditioner reads them, and its seed."""
     require_int("n", n, 1, 2**31)
     read = model.read(prompts, n, classes)
-    count = len(next(iter(read.values()))) if read else n
-    shape = model.latent_shape((pixels.shape[3], pixels.shape[2]))
-    noise = noise_of(seeds_of(seed, count), shape, model.device)
-    z = model.encode(pixels, noise(-2))
-    denoise = model.guided(read, count, shape, guidance, negative)
-    return Start(z, noise(-1), noise, denoise)
+    return read, seeds_of(seed, len(next(iter(read.values()))) if read else n)
 
 
 @torch.no_grad()
@@ -122,32 +130,46 @@ def inpaint(
         ValueError: as `image_to_image`; a mask of another size, without a hole, or without anything else.
     """
     require_int("resample", resample, 1, 100)
+    hole = to_mask(mask, picture).to(model.device)
+    edge = softened(hole, soft)
     if model.task:
+        require_task(model, Inpaint)
         if resample != 1:
             raise ValueError(f"resample is {resample}, which a model trained to fill holes does without")
+        read, seeds = told(model, prompts, classes, n, seed)
+        pixels = to_tensor(upright(picture))[None].to(model.device)
         how: dict[str, Any] = {"steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance}
-        how |= {"classes": classes, "soft": soft, "negative": negative, "n": n, "seed": seed}
-        return tasks.inpaint(model, picture, mask, prompts, **how)
+        made = hole_filled(model, pixels[0], edge[0], read, seeds, **how, negative=negative)
+        return to_images(made * edge + pixels * (1 - edge))
     pixels = to_pixels(model, picture)
-    hole = to_mask(mask, picture).to(pixels.device)
-    edge = softened(hole, soft)
     covered = filled(pixels, (hole == 0).to(pixels))
     start = begin(model, covered, prompts, classes, guidance, negative, n, seed)
-    z = start.z
-    sample, grid, scale = model.sampler_for(sampler, steps, z.shape[1:], spacing)
-    here = torch.nn.functional.adaptive_max_pool2d(hole, z.shape[2:]) > 0
+    x = drawn_in(model, hole, start, steps, sampler, spacing, resample)
+    return to_images(joined(model.decode(x).clamp(-1, 1), pixels, edge))
+
+
+def drawn_in(
+    model: LatentDiffusion,
+    hole: Tensor,
+    start: Start,
+    steps: int,
+    sampler: str | None,
+    spacing: Spacing | None,
+    resample: int,
+) -> Tensor:
+    """Latents [B,C,h,w] drawn where hole [1,1,H,W] is not 0, around it those of the picture; settings as `inpaint`."""
+    sample, grid, scale = model.sampler_for(sampler, steps, start.z.shape[1:], spacing)
+    here = torch.nn.functional.adaptive_max_pool2d(hole, start.z.shape[2:]) > 0
 
     def keep(i: int, x: Tensor) -> Tensor:
-        known = grid.alpha[i + 1] * z + grid.sigma[i + 1] * start.fresh
+        known = grid.alpha[i + 1] * start.z + grid.sigma[i + 1] * start.fresh
         return torch.where(here, x, known)
 
     x = start.fresh * scale
     if resample == 1:
-        x = sample(start.denoise, x, grid, noise=start.noise, adjust=keep)
-    else:
-        require_one_step(sampler or model.sampler, resample)
-        x = resampled(sample, start, x, grid, keep, resample)
-    return to_images(joined(model.decode(x).clamp(-1, 1), pixels, edge))
+        return sample(start.denoise, x, grid, noise=start.noise, adjust=keep)
+    require_one_step(sampler or model.sampler, resample)
+    return resampled(sample, start, x, grid, keep, resample)
 
 
 def joined(made: Tensor, pixels: Tensor, edge: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pipelines.evaluate_coder import of_reconstructions
 from pipelines.evaluate_drawn import of_drawn
 from pipelines.fidelity import FEW
 from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.safety import provenance
 
 
 def evaluate(model: str, what: Evaluation, out: Path | None = None) -> Path | None:
@@ -78,7 +79,7 @@ def write(file: Path, bench: Bench, result: Result) -> None:
     names = {name: f"{file.stem}-{name}.png" for name in result.pictures}
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in result.pictures.items():
-        picture.save(file.parent / names[name])
+        picture.save(file.parent / names[name], pnginfo=provenance(made_by="ldm evaluate"))
     content = {
         "figures": {name: figure.plain() for name, figure in result.figures.items()},
         "protocol": result.protocol,

@@ -22,33 +22,12 @@ from torch import Tensor, nn
 from ldm.config import UserError
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.memorisation import Copies
+from pipelines.samples import Given, Request
 
 TOLERANCE = 2  # of 255, between our picture and that of stock diffusers
 HALF = 65504.0  # the largest float16
 SECONDS = 3600
 DRAW = Path(__file__).parent / "shipped" / "draw.py"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """Pictures to be drawn."""
-
-    prompts: tuple[str, ...] | None
-    """Captions or names of classes, a picture each; None for a model that is told nothing"""
-    count: int
-    """Pictures"""
-    steps: int = 30
-    """Sampling steps"""
-    guidance: float = 4.0
-    """Scale of classifier-free guidance"""
-    seed: int = 0
-    """Picture i is drawn from seed + i"""
-
-    def drawn_by(self, model: LatentDiffusion, progress: bool = False) -> list[Image.Image]:
-        prompts = None if self.prompts is None else list(self.prompts)
-        n = self.count if prompts is None else 1
-        settings: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
-        return model(prompts, n=n, progress=progress, **settings)
 
 
 def require_diffusers() -> None:
@@ -72,13 +51,14 @@ def drawn_by_stock(
     """
     out = scratch / f"stock-{variant or 'full'}"
     out.mkdir()
-    seeds = [request.seed + i for i in range(request.count)]
+    words = {"prompt": request.prompts, "class_labels": request.classes}
     asked: dict[str, Any] = {
         "folder": str(folder),
         "kind": kind,
         "variant": variant,
-        "prompts": request.prompts,
-        "seeds": seeds,
+        "words": {name: said for name, said in words.items() if said},
+        "given": [handed(one, out / f"given-{i}") for i, one in enumerate(request.given)],
+        "seeds": [request.seed + i for i in range(request.count)],
     }
     asked |= {"steps": request.steps, "guidance": request.guidance, "out": str(out)}
     (out / "request.json").write_text(json.dumps(asked | {"threads": torch.get_num_threads()}))
@@ -105,6 +85,14 @@ def drawn_by_stock(
         raise UserError(f"Stock diffusers can't draw with this model, so it was not published: {lines[-1]}")
     images = [Image.open(out / f"{i}.png").convert("RGB") for i in range(request.count)]
     return images, (out / "version").read_text()
+
+
+def handed(given: Given, stem: Path) -> list[str]:
+    """Write what a task is given into files; their names."""
+    files = {f"{stem}-{i}.png": image for i, image in enumerate(given) if image}
+    for file, image in files.items():
+        image.save(file)
+    return [*files]
 
 
 def furthest(ours: Sequence[Image.Image], theirs: Sequence[Image.Image]) -> int:

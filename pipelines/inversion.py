@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoencoder.metrics import psnr
 from ldm.checks import require_int
-from ldm.conditioning import ClassAndText, text_of
+from ldm.conditioning import text_of
 from ldm.guidance import Guidance
 from ldm.paths import Grid
 from ldm.pictures import to_images
@@ -29,11 +29,12 @@ def invert(
     picture: Image.Image,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     steps: int = 30,
     guidance: float | Guidance = 1.0,
     iterations: int = 5,
 ) -> Tensor:
-    """The noise [1,C,h,w] from which DDIM with the same prompt, steps and guidance draws this picture.
+    """The noise [1,C,h,w] from which DDIM with the same words, steps and guidance draws this picture.
 
     Each DDIM step x' = f(x) is solved for x by fixed-point iteration from x = x' (Pan et al. 2023); one iteration is
     plain DDIM inversion (Song et al. 2021, section 4.3). It converges slowly or not at all at high guidance.
@@ -42,7 +43,7 @@ def invert(
     require_int("iterations", iterations, 1, 100)
     z = model.encode(to_pixels(model, picture))
     _, grid, _ = model.sampler_for("ddim", steps, z.shape[1:])
-    denoise = model.guided(reading(model, prompt), 1, z.shape[1:], guidance)
+    denoise = model.guided(model.read(prompt, 1, classes), 1, z.shape[1:], guidance)
     for i in reversed(range(len(grid))):
         z = undone(denoise, z, grid, i, iterations)
     return z
@@ -64,13 +65,14 @@ def from_noise(
     x: Tensor,
     prompts: str | Sequence[str] | None = None,
     *,
+    classes: str | Sequence[str] | None = None,
     steps: int = 30,
     guidance: float | Guidance = 1.0,
 ) -> list[Image.Image]:
     """Draw with DDIM from noise [B,C,h,w], such as `invert` gives; the prompts are as many, or one for all."""
     if isinstance(prompts, str):
         prompts = [prompts] * len(x)
-    return drawn_from(model, x, reading(model, prompts), steps, guidance)
+    return drawn_from(model, x, model.read(prompts, 1, classes), steps, guidance)
 
 
 @torch.no_grad()
@@ -99,12 +101,13 @@ def drawn_again(
     noise: Tensor,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     steps: int = 30,
     guidance: float | Guidance = 1.0,
 ) -> Again:
     """How well `noise`, which `invert` gave with the same settings, stands for the picture."""
     pixels = to_pixels(model, picture)
-    again = from_noise(model, noise, prompt, steps=steps, guidance=guidance)[0]
+    again = from_noise(model, noise, prompt, classes=classes, steps=steps, guidance=guidance)[0]
     coded = model.decode(model.encode(pixels)).clamp(-1, 1)
     errors = [psnr(made, pixels).item() for made in (to_pixels(model, again), coded)]
     return Again(again, *errors)
@@ -115,6 +118,7 @@ def vary(
     picture: Image.Image,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     amount: float = 0.4,
     n: int = 1,
     seed: int | Sequence[int] = 0,
@@ -129,10 +133,10 @@ def vary(
     if not 0 <= amount <= 1:
         raise ValueError(f"amount is {amount}, but must lie in [0, 1]: 0 is the picture, 1 any other")
     require_int("n", n, 1, 2**31)
-    noise = invert(model, picture, prompt, steps=steps, guidance=guidance)
+    noise = invert(model, picture, prompt, classes=classes, steps=steps, guidance=guidance)
     fresh = noise_of(seeds_of(seed, n), noise.shape[1:], model.device)(-1)
     near = torch.cat([slerp(noise, other, amount) for other in fresh.split(1)])
-    return drawn_from(model, near, reading(model, prompt, n), steps, guidance)
+    return drawn_from(model, near, model.read(prompt, n, classes), steps, guidance)
 
 
 @torch.no_grad()
@@ -142,6 +146,7 @@ def interpolate(
     second: Image.Image | int,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     to: str | None = None,
     count: int = 8,
     steps: int = 30,
@@ -153,6 +158,7 @@ def interpolate(
         first, second: pictures of one size, or seeds.
         prompt: what is drawn; with `to`, at the first picture, and from there in a straight line to `to` at the
             second, through the states of the text encoder. Of one seed twice, only the prompt changes.
+        classes: for a model of both, the class of all the pictures.
 
     Raises:
         ValueError: names what does not go together.
@@ -162,7 +168,7 @@ def interpolate(
     ends = [
         start_noise(model, end, size)
         if isinstance(end, int)
-        else invert(model, end, told, steps=steps, guidance=guidance)
+        else invert(model, end, told, classes=classes, steps=steps, guidance=guidance)
         for end, told in ((first, prompt), (second, prompt if to is None else to))
     ]
     one, other = ends
@@ -172,7 +178,7 @@ def interpolate(
         )
     shares = torch.linspace(0, 1, count).tolist()
     between = torch.cat([slerp(one, other, share) for share in shares])
-    read = reading(model, prompt, count) if to is None else blended(model, prompt, to, shares)
+    read = model.read(prompt, count, classes) if to is None else blended(model, prompt, to, shares, classes)
     return drawn_from(model, between, read, steps, guidance)
 
 
@@ -191,25 +197,22 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 
 def blended(
-    model: LatentDiffusion, first: str | None, second: str, shares: Sequence[float]
+    model: LatentDiffusion,
+    first: str | None,
+    second: str,
+    shares: Sequence[float],
+    classes: str | None = None,
 ) -> dict[str, Tensor]:
     """What the encoder says of two captions, and between them at each of the shares: a batch as a cache has it."""
     text = text_of(model.conditioner)
-    if text is None or isinstance(model.conditioner, ClassAndText):
+    if text is None:
         raise ValueError(f"to is {second!r:.60}, but only captions have something between them; leave it out")
-    read = model.read([first or "", second], 1)
-    said = text.encode({key: value.to(model.device) for key, value in read.items()})
-    return {
-        name: torch.stack([torch.lerp(value[0], value[1], share) for share in shares])
-        for name, value in said.items()
+    read = {
+        key: value.to(model.device) for key, value in model.read([first or "", second], 1, classes).items()
     }
-
-
-def reading(model: LatentDiffusion, prompts: str | Sequence[str] | None, n: int = 1) -> dict[str, Tensor]:
-    """What the conditioner reads."""
-    if isinstance(model.conditioner, ClassAndText):
-        raise ValueError(
-            "this model is told captions and classes together, from which pictures are drawn, edited and inpainted, "
-            "but not inverted yet"
-        )
-    return model.read(prompts, n)
+    ends = text.encode(read)
+    between = {
+        name: torch.stack([torch.lerp(value[0], value[1], share) for share in shares])
+        for name, value in ends.items()
+    }
+    return between | ({"label": read["label"][:1].expand(len(shares))} if "label" in read else {})

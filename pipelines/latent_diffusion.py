@@ -8,7 +8,6 @@ model("a large red circle at the top left on a white background", seed=1)[0].sho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +67,12 @@ class LatentDiffusion:
         require_int("reuse", self.reuse, 1, 2**31)
         if self.precision not in DTYPES:
             raise ValueError(f"precision is {self.precision!r}; choose one of {', '.join(DTYPES)}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels of what it draws unless asked for another."""
+        _, height, width = self.latent_shape(None)
+        return width * self.autoencoder.config.factor, height * self.autoencoder.config.factor
 
     @property
     def device(self) -> torch.device:
@@ -308,11 +313,7 @@ class LatentDiffusion:
         """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; those larger than `tile` one by one, in tiles."""
         config = self.autoencoder.config
         raw = z / config.scaling_factor + (config.shift_factor or 0.0)
-        if tile is None or max(raw.shape[2:]) * config.factor <= tile:
-            return to_decode(self.autoencoder, self.precision, prepare=self.fast)(raw)
-        # Tiling hooks into the network: into a copy of its own, of the same weights, as other threads decode too.
-        own = deepcopy(self.autoencoder, {id(weight): weight for weight in self.autoencoder.parameters()})
-        return torch.cat([tiling.decode(own, one, tile=tile) for one in raw.split(1)])
+        return to_decode(self.autoencoder, self.precision, prepare=self.fast, tile=tile)(raw)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""

@@ -16,6 +16,7 @@ from ldm.inspection import sound
 from ldm.pictures import to_tensor
 from pipelines.classifier import train_recogniser
 from pipelines.latent_diffusion import LatentDiffusion, best_device
+from pipelines.safety import provenance
 from pipelines.sheets import contact_sheet
 
 
@@ -52,9 +53,10 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
     sheet = out.with_suffix(".png")
-    contact_sheet(images[::each], prompts, columns=10, tile=96, wrong=[not ok for ok in right[::each]]).save(
-        sheet
+    shown = contact_sheet(
+        images[::each], prompts, columns=10, tile=96, wrong=[not ok for ok in right[::each]]
     )
+    shown.save(sheet, pnginfo=provenance(made_by="ldm recognise", model=Path(model).name))
     print(
         f"{result['recognised']:.1%} of {len(right)} pictures are recognised; the classifier names "
         f"{', '.join(f'{share:.1%} of {split}' for split, share in recogniser.accuracy.items())} rightly. See {sheet}"

@@ -16,12 +16,14 @@ from autoencoder.metrics import likeness, psnr
 from ldm.checks import require_int
 from ldm.config import UserError
 from ldm.data import open_source
+from ldm.device import Precision
 from ldm.inspection import sound
 from ldm.masks import Masks
 from ldm.pictures import to_images, to_tensor
 from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
 from pipelines.examples import Examples
 from pipelines.latent_diffusion import LatentDiffusion, best_device
+from pipelines.safety import provenance
 from pipelines.stage_one import data_at
 from pipelines.tasks import restore, voted
 
@@ -47,10 +49,13 @@ class Trial:
     """Sampling steps"""
     guidance: float = 1.0
     """Scale of guidance; 1 is none"""
-    masks: str = "masks"
-    """For segmentation: the folder of the true masks, as `segment.masks` of a recipe"""
+    masks: str | None = None
+    """For segmentation: where the true masks are, as `segment.masks` of a recipe"""
     seed: int = 0
     """Of what is spoiled, and of what is drawn"""
+    precision: Precision = "f32"
+    """Of drawing; likewise reuse, as `LatentDiffusion` has them"""
+    reuse: int = 1
     blur: float | None = None
     """For restoration: this damage alone, of this strength, instead of all that the model was
     trained on; likewise noise and jpeg"""
@@ -88,6 +93,7 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     if out.is_dir():
         raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
     model = LatentDiffusion.from_pretrained(trial.model).to(best_device())
+    model = replace(model, precision=trial.precision, reuse=trial.reuse)
     task = trial.task(model.task)
     config = data_at(trial.data, trial.model)
     source = sound(open_source(config, trial.split))
@@ -101,7 +107,8 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     about = {name: value for name, value in vars(trial).items() if value is not None and name != "model"}
     about |= {"data": config.where, "n": len(drawn[0]), "size": config.size}
     write_text(out, json.dumps({"task": task.kind, **figures, "trial": about}, indent=1) + "\n")
-    examples.sheet(shown, SHOWN).save(out.with_suffix(".png"))
+    note = provenance(made_by="ldm recover", model=Path(trial.model).name)
+    examples.sheet(shown, SHOWN).save(out.with_suffix(".png"), pnginfo=note)
     return figures
 
 

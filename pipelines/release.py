@@ -27,7 +27,7 @@ WORDS = (
     "vocab.json|vocab.txt|merges.txt|spiece.model|sentencepiece.bpe.model"
 )
 ALLOWED = re.compile(
-    rf"README\.md|LICENSE|model_index\.json|pipeline\.py|{re.escape(MANIFEST)}|samples/\d{{2}}\.png"
+    rf"README\.md|LICENSE|model_index\.json|pipeline\.py|{re.escape(MANIFEST)}|samples/\d{{2}}(-given|-hole)?\.png"
     rf"|(unet|vae|text_encoder|text_encoder_2)/(config\.json|{WEIGHTS}|{SHARDS})"
     rf"|scheduler/scheduler_config\.json|(tokenizer|tokenizer_2)/({WORDS})"
 )

@@ -17,6 +17,7 @@ from ldm.config import UserError
 
 # https://cv.iptc.org/newscodes/digitalsourcetype/: made by a model that was trained on sampled content
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+ORIGIN = {"software": "ldm", "digital_source_type": SOURCE_TYPE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,6 @@ def _downloaded(name: str) -> Path:
 def provenance(**about: object) -> PngInfo:
     """Notes for a PNG file: that a model made it, and what `about` says."""
     note = PngInfo()
-    for key, value in ({"software": "ldm", "digital_source_type": SOURCE_TYPE} | about).items():
+    for key, value in (ORIGIN | about).items():
         note.add_itxt(key, str(value))
     return note

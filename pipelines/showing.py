@@ -11,6 +11,7 @@ from ldm.data import Source
 from ldm.training import Run
 from pipelines.examples import Examples
 from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.safety import ORIGIN
 from pipelines.sheets import contact_sheet
 
 Shown: TypeAlias = dict[str, list[str]] | Examples
@@ -78,8 +79,10 @@ def show(run: Run, model: LatentDiffusion, config: ShowConfig, told: Shown) -> N
     if not run.main:
         return
     if isinstance(told, Examples):
-        run.picture(told.sheet(told.made(model, steps=config.steps, guidance=config.guidance)), "drawn")
+        sheet = told.sheet(told.made(model, steps=config.steps, guidance=config.guidance))
     else:
         n = 1 if told else config.count
         images = model(**told, n=n, steps=config.steps, guidance=config.guidance)  # type: ignore[arg-type]
-        run.picture(contact_sheet(images, told.get("prompts")), "drawn")
+        sheet = contact_sheet(images, told.get("prompts"))
+    sheet.info.update(ORIGIN)
+    run.picture(sheet, "drawn")

@@ -10,7 +10,7 @@ other sides, edge pixels are repeated, and what is made is cropped.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -24,16 +24,24 @@ from autoencoder.tiling import require_tile, windows
 from ldm import random
 from ldm.checks import require_int
 from ldm.degradations import noise_level
-from ldm.guidance import guided
+from ldm.guidance import Guidance, guided
 from ldm.masks import named, palette
 from ldm.paths import Grid, Level, Spacing
 from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Denoise
-from ldm.tasks import Given, Inpaint, Restore, Segment, Task, Upscale, noised
-from pipelines.inputs import softened, to_mask, upright
+from ldm.tasks import Given, Restore, Segment, Task, Upscale, noised
+from pipelines.inputs import upright
 from pipelines.latent_diffusion import LatentDiffusion, noise_of, seeds_of
 
-Prompts = str | Sequence[str] | None
+
+class Sampling(TypedDict, total=False):
+    """How something is drawn, as `LatentDiffusion` is told it; guidance is 1, none, by default."""
+
+    steps: int
+    sampler: str | None
+    spacing: Spacing | None
+    guidance: float | Guidance
+    negative: str
 
 
 @torch.no_grad()
@@ -46,7 +54,7 @@ def made(
     steps: int = 30,
     sampler: str | None = None,
     spacing: Spacing | None = None,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
     negative: str = "",
     tile: int | None = None,
 ) -> Tensor:
@@ -122,45 +130,23 @@ def padded(pixels: Tensor, multiple: int) -> Tensor:
 
 
 @torch.no_grad()
-def inpaint(
+def hole_filled(
     model: LatentDiffusion,
-    picture: Image.Image,
-    mask: Image.Image,
-    prompts: Prompts = None,
-    *,
-    classes: Prompts = None,
-    soft: int = 0,
-    steps: int = 30,
-    sampler: str | None = None,
-    spacing: Spacing | None = None,
-    guidance: float = 4.0,
-    negative: str = "",
-    n: int = 1,
-    seed: int | Sequence[int] = 0,
-) -> list[Image.Image]:
-    """What `editing.inpaint` does, by a model that was trained for it: it is told the hole and what surrounds it.
+    picture: Tensor,
+    hole: Tensor,
+    read: dict[str, Tensor],
+    seeds: Sequence[int],
+    **how: Unpack[Sampling],
+) -> Tensor:
+    """Pixels [B,3,H,W] with something else where hole [1,H,W] is not 0, and around it about the picture [3,H,W].
 
-    With hard edges, the result in the hole is that of stock `StableDiffusionInpaintPipeline` for the same seed.
+    What `editing.inpaint` does with a model that was trained for it: it is told the hole and what surrounds it. In the
+    hole the result is that of stock `StableDiffusionInpaintPipeline` for the same seed.
     """
-    require_task(model, Inpaint)
-    require_int("n", n, 1, 2**31)
-    read = model.read(prompts, n, classes)
-    count = len(next(iter(read.values()))) if read else n
-    hole = to_mask(mask, picture)
-    edge = softened(hole, soft)[0]
-    whole = to_tensor(upright(picture))
     factor = model.autoencoder.config.factor
-    one = {"picture": padded(whole, factor), "mask": padded((edge > 0).float(), factor)}
-    settings: dict[str, Any] = {
-        "steps": steps,
-        "sampler": sampler,
-        "spacing": spacing,
-        "guidance": guidance,
-        "negative": negative,
-    }
-    pixels = made(model, times(one, count), read, seeds_of(seed, count), **settings)
-    pixels = pixels[:, :, : whole.shape[1], : whole.shape[2]].cpu().clamp(-1, 1)
-    return to_images(pixels * edge + whole * (1 - edge))
+    one = {"picture": padded(picture, factor), "mask": padded((hole > 0).float(), factor)}
+    pixels = made(model, times(one, len(seeds)), read, seeds, **how)
+    return pixels[:, :, : picture.shape[1], : picture.shape[2]].clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -169,17 +155,17 @@ def upscale(
     picture: Image.Image,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     noise: float = 0.0,
     samples: int = 1,
-    steps: int = 30,
-    sampler: str | None = None,
-    guidance: float = 1.0,
     seed: int = 0,
     tile: int | None = None,
+    **how: Unpack[Sampling],
 ) -> Image.Image:
     """The picture as many times as large as the model was trained for.
 
     Args:
+        prompt, classes: words for the picture, if the model is told any.
         noise: standard deviation, of pixels in [-1, 1], of noise that is added to the small picture and told: more
             lets the model invent more, and hides JPEG blocks and grain. At most what it was trained with.
         samples: drawn and averaged: more are nearer to the truth, and softer.
@@ -193,14 +179,12 @@ def upscale(
         raise ValueError(
             f"noise is {noise}, but must lie in [0, {task.noise}], which the model was trained with"
         )
-    small = to_tensor(upright(picture))
-    read = model.read(prompt, samples)
+    small, read = to_tensor(upright(picture)), model.read(prompt, samples, classes)
     factor = model.autoencoder.config.factor
     if tile is not None:
         require_tile(tile, None, factor)
     one = noised(padded(small, max(1, factor // task.factor)), noise, random.stream(seed, "task", 0))
-    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance, "tile": tile}
-    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), tile=tile, **how)
     return averaged(pixels, small.shape[2] * task.factor, small.shape[1] * task.factor)
 
 
@@ -210,17 +194,16 @@ def restore(
     picture: Image.Image,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     noise: float | None = None,
     samples: int = 1,
-    steps: int = 30,
-    sampler: str | None = None,
-    guidance: float = 1.0,
     seed: int = 0,
+    **how: Unpack[Sampling],
 ) -> Image.Image:
     """The picture without its damage: any that the model was trained to undo, or by any other model Gaussian noise.
 
     Args:
-        prompt: words for the picture; a model that is only told nothing in particular can do without.
+        prompt, classes: words for the picture, if the model is told any; one that draws does without as well.
         noise: for a model that was not trained to restore, the noise in the picture: standard deviation, of 255. By
             default it is estimated.
         samples: drawn and averaged: more are nearer to the truth, and softer.
@@ -228,62 +211,66 @@ def restore(
     Raises:
         ValueError: the model was trained for something else, or an argument is out of range or without effect.
     """
+    whole = upright(picture)
     if model.task is None:
-        if guidance != 1 and prompt is None:
-            raise ValueError(f"guidance is {guidance}, but there is no prompt to be guided by; give one")
-        return denoised(model, picture, prompt, noise, samples, steps, sampler, guidance, seed)
+        unused = [
+            name for name, usual in (("guidance", 1), ("negative", "")) if how.get(name, usual) != usual
+        ]
+        if prompt is None and unused:
+            said = how[unused[0]]  # type: ignore[literal-required]
+            raise ValueError(f"{unused[0]} is {said!r}, but there is no prompt to be guided by; give one")
+        require_int("samples", samples, 1, 2**31)
+        told = model.read(prompt, samples, classes) if prompt is not None or classes is not None else None
+        made_of = denoised(model, whole, told, noise, seeds_of(seed, samples), **how)
+        return averaged(made_of, whole.width, whole.height)
     require_task(model, Restore)
     if noise is not None:
         raise ValueError(f"noise is {noise}, but this model sees for itself; leave it out")
-    whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
-    one = {"picture": padded(whole, model.autoencoder.config.factor)}
-    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
-    return averaged(pixels, whole.shape[2], whole.shape[1])
+    read = model.read(prompt, samples, classes)
+    one = {"picture": padded(to_tensor(whole), model.autoencoder.config.factor)}
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **how)
+    return averaged(pixels, whole.width, whole.height)
 
 
 def denoised(
     model: LatentDiffusion,
     picture: Image.Image,
-    prompt: str | None,
+    read: dict[str, Tensor] | None,
     noise: float | None,
-    samples: int,
-    steps: int,
-    sampler: str | None,
-    guidance: float,
-    seed: int,
-) -> Image.Image:
+    seeds: Sequence[int],
+    *,
+    steps: int = 30,
+    sampler: str | None = None,
+    spacing: Spacing | None = None,
+    guidance: float | Guidance = 1.0,
+    negative: str = "",
+) -> Tensor:
     """Sampling that begins at the level of the noise in the picture, which is measured in its latents.
 
-    How much they are noised is what as much noise again changes in them.
+    How much they are noised is what as much noise again changes in them. [B,3,H,W], a sample for each seed; their words
+    are `read`, None for none in particular.
     """
-    require_int("samples", samples, 1, 2**31)
-    seeds = seeds_of(seed, samples)
-    picture = upright(picture)
     std = noise_level(picture) if noise is None else noise
     if not 0 <= std <= 255:
         raise ValueError(f"noise is {std}, but must lie in [0, 255]")
-    whole = to_tensor(picture)
-    pixels = padded(whole, model.autoencoder.config.factor)[None].to(model.device)
-    grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
+    pixels = padded(to_tensor(picture), model.autoencoder.config.factor)[None].to(model.device)
+    grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seeds[0])).to(pixels)
     z = model.encode(pixels)
     level = float((model.encode(pixels + std / 127.5 * grain) - z).square().mean().sqrt())
-    sample, grid, _ = model.sampler_for(sampler, steps, z.shape[1:])
+    sample, grid, _ = model.sampler_for(sampler, steps, z.shape[1:], spacing)
     first = int((grid.sigma / grid.alpha > level).sum())
     if first == len(grid):
         raise ValueError(
-            f"the noise is {std:.1f} of 255, less than the last of {steps} steps removes; raise steps"
+            f"the noise is {std:.1f} of 255, less than the last of {steps} steps removes; raise steps. Blur and JPEG "
+            "artefacts take a model that was trained to restore: one that draws removes Gaussian noise alone"
         )
     rest = Grid(grid.t[first:], grid.alpha[first:], grid.sigma[first:])
-    if prompt is None:
-        null = model.null("", samples).sized(*pixels.shape[2:])
-        denoise = guided(model.denoiser(), null, None)
+    if read is None:
+        denoise = guided(model.denoiser(), model.null("", len(seeds)).sized(*pixels.shape[2:]), None)
     else:
-        denoise = model.guided(model.read(prompt, samples), samples, z.shape[1:], guidance)
-    noises = noise_of(seeds, z.shape[1:], model.device)
-    x = rest.alpha[0] * z.expand(samples, *z.shape[1:])
-    made = model.decode(sample(denoise, x, rest, noise=noises))
-    return averaged(made, whole.shape[2], whole.shape[1])
+        denoise = model.guided(read, len(seeds), z.shape[1:], guidance, negative)
+    x = rest.alpha[0] * z.expand(len(seeds), *z.shape[1:])
+    return model.decode(sample(denoise, x, rest, noise=noise_of(seeds, z.shape[1:], model.device)))
 
 
 class Segmentation(NamedTuple):
@@ -327,22 +314,20 @@ def segment(
     picture: Image.Image,
     prompt: str | None = None,
     *,
+    classes: str | None = None,
     samples: int = 8,
-    steps: int = 20,
-    sampler: str | None = None,
-    guidance: float = 1.0,
     seed: int = 0,
+    **how: Unpack[Sampling],
 ) -> Segmentation:
-    """The class that most of some samples give each pixel.
+    """The class that most of some samples give each pixel; prompt and classes are words, if the model is told any.
 
     Raises:
         ValueError: the model was not trained for it, or an argument is out of range.
     """
     task = require_task(model, Segment)
-    whole, read = to_tensor(upright(picture)), model.read(prompt, samples)
+    whole, read = to_tensor(upright(picture)), model.read(prompt, samples, classes)
     one = {"picture": padded(whole, model.autoencoder.config.factor)}
-    settings: dict[str, Any] = {"steps": steps, "sampler": sampler, "guidance": guidance}
-    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **settings)
+    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **how)
     return voted(pixels[:, :, : whole.shape[1], : whole.shape[2]], task.classes)
 
 

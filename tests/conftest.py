@@ -9,10 +9,11 @@ from PIL import Image
 import train_ldm
 import train_vae
 from ldm.data import DataConfig, ScenesConfig, open_source
+from pipelines import LatentDiffusion
 from pipelines.classifier import Classifier, Recogniser, save_recogniser
 from pipelines.cli import main as ldm
 from tests.encoders import publish
-from tests.support import DRAWING, JUDGED, SIDE, TOY
+from tests.support import DRAWING, JUDGED, KINDS, SIDE, TOY
 
 torch.set_num_threads(1)  # tiny networks: threads cost more than they bring
 
@@ -26,6 +27,18 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["--config", str(TOY / "ldm.yaml"), "--autoencoder", str(out / "vae"), "--run.out", str(out / "ldm")]
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def model(chain: Path) -> LatentDiffusion:
+    """The model of `chain`, told captions; not to be changed."""
+    return LatentDiffusion.from_pretrained(chain / "ldm")
+
+
+@pytest.fixture(scope="session")
+def picture() -> Image.Image:
+    """A drawn scene of 16x16 pixels."""
+    return open_source(DataConfig(size=16)).picture(3, 16)
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +58,20 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny published text encoder of each kind."""
     out = tmp_path_factory.mktemp("encoders")
     return {kind: publish(kind, out / kind) for kind in ("clip", "projection", "t5", "bert")}
+
+
+@pytest.fixture(scope="session")
+def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each task that begins with a picture, and `holes`: inpainting that is told nothing."""
+    out = tmp_path_factory.mktemp("tasks")
+    shared = f"--config {TOY}/ldm-plain.yaml --data.path scenes --data.scenes.count 24 --workers 0"
+    for name in (*KINDS, "holes"):
+        more = f"--task {name} --autoencoder {chain}/vae --run.out {out}/{name}"
+        more += " --upscale.factor 2" if name == "upscale" else ""
+        more += " --conditioning.text.width 16 --conditioning.text.heads 2" if name == "inpaint" else ""
+        more = more.replace("--task holes", "--task inpaint --conditioning.kind none")
+        train_ldm.main([*shared.split(), *more.split()])
+    return out
 
 
 @pytest.fixture(scope="session")

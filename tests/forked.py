@@ -55,7 +55,7 @@ def forked(work: Callable[[], None], log: Path | None = None) -> int:
         os._exit(code)  # nothing of the parent, such as pytest, runs on in here
 
 
-def ended(child: int, within: float = 120) -> int:
+def ended(child: int, within: float = 600) -> int:
     """The exit code of a child, negative if a signal ended it; it must end in time."""
     limit = time.monotonic() + within
     while time.monotonic() < limit:

@@ -15,6 +15,8 @@ from ldm.unet_config import UNetConfig
 
 ROOT = Path(__file__).parents[1]
 TOY = ROOT / "tests" / "toy"
+KINDS = ("inpaint", "upscale", "restore", "segment")
+"""Tasks that begin with a picture"""
 SIDE, JUDGED = 16, 20
 """Of the pictures that evaluations are tried on: pixels along a side, and how many are in each split"""
 DRAWING = ["--count", "17", "--steps", "2", "--guidance", "2"]

@@ -126,20 +126,34 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(data: DataConfig, par
     assert done == {f: f.stat().st_mtime_ns for f in done}  # what was there was not made again
 
 
-def test_two_processes_build_the_same_bytes(data: DataConfig, parts, tmp_path: Path) -> None:
+def test_two_processes_that_are_killed_and_started_again_build_the_same_bytes(
+    data: DataConfig, parts, tmp_path: Path
+) -> None:
     build(tmp_path / "one", data, parts)
     context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    processes = [
-        context.Process(target=build, args=(tmp_path / "two", data, parts, run_of(rank, 2, barrier.wait)))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
+
+    def begun() -> list[multiprocessing.Process]:
+        wait = context.Barrier(2).wait
+        arguments = [(tmp_path / "two", data, parts, run_of(rank, 2, wait)) for rank in range(2)]
+        processes = [context.Process(target=build, args=some) for some in arguments]
+        for process in processes:
+            process.start()
+        return processes
+
+    killed = begun()
+    while len(list((tmp_path / "two").rglob("*.json"))) < 3:
+        time.sleep(0.002)
+    for process in killed:
+        process.kill()
         process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    done = {f: f.stat().st_mtime_ns for f in (tmp_path / "two").rglob("*.json")}
+    assert 3 <= len(done) < len(list((tmp_path / "one").rglob("*.json")))
+    again = begun()
+    for process in again:
+        process.join()
+    assert [process.exitcode for process in again] == [0, 0]
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    assert done == {f: f.stat().st_mtime_ns for f in done}
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "zero", "delete", "sums"])

@@ -11,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import train_ldm
 import train_vae
 from autoencoder.kl import AutoencoderKL
+from ldm import random
 from ldm.checkpoint import damage
 from ldm.conditioning import Cond
 from ldm.data import DataConfig, ScenesConfig, open_source
@@ -86,10 +89,30 @@ def assert_learned_alike(one: Path, other: Path) -> None:
     """The same first loss to rounding; later ones as near as bfloat16 in Muon lets rounding grow."""
     mine, theirs = losses(one), losses(other)
     assert mine[0] == pytest.approx(theirs[0], rel=1e-6) and mine == pytest.approx(theirs, rel=1e-4)
+    assert logged(one, "learning_rate") == logged(other, "learning_rate")
     weights, others = newest_weights(one), newest_weights(other)
     assert weights.keys() == others.keys()
     for key in weights:
         torch.testing.assert_close(weights[key], others[key], rtol=1e-2, atol=1e-3, msg=key)
+
+
+def logged(run: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_captions_are_dropped_by_position_and_the_share_is_logged(chain: Path) -> None:
+    recipe = yaml.safe_load((chain / "ldm" / "config.yaml").read_text())
+    u = random.uniform(recipe["run"]["seed"], "drop", torch.arange(6 * 4)).view(6, 4)
+    shares = (u < recipe["conditioning"]["dropout"]).double().mean(dim=1)
+    assert logged(chain / "ldm", "dropped") == pytest.approx(shares.tolist()) and 0 < shares.mean() < 1
+
+
+def test_averages_of_stage_2_have_moved_and_are_what_is_exported(chain: Path) -> None:
+    before, after = sorted((chain / "ldm" / "checkpoints").iterdir())
+    raw = load_file(after / "unet.safetensors")
+    one, other = (load_file(c / "model/unet/diffusion_pytorch_model.safetensors") for c in (before, after))
+    for name in ("conv_in.weight", "conv_out.weight"):
+        assert not torch.equal(one[name], other[name]) and not torch.equal(other[name], raw[f"state.{name}"])
 
 
 def test_two_processes_learn_what_one_learns(chain: Path, tmp_path: Path) -> None:

@@ -13,21 +13,15 @@ from ldm.guidance import Guidance, Projection, Threshold
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.editing import image_to_image
-from pipelines.inversion import invert
+from pipelines.inversion import blended, interpolate, invert, vary
 from pipelines.prompts import CutPrompt
 from pipelines.record import fingerprint, read_record, recreate
 from pipelines.safety import provenance
 from tests.drawing_memory import measured
-from tests.encoders import CAPTIONS, publish
-from tests.test_text import conditioner, config, model_of
+from tests.encoders import CAPTIONS, conditioner, config, model_of
 
 PROMPT = "a large red circle at the top left on a white background"
 OTHER = "a small blue star at the center on a black background"
-
-
-@pytest.fixture(scope="module")
-def model(chain: Path) -> LatentDiffusion:
-    return LatentDiffusion.from_pretrained(chain / "ldm")
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -206,8 +200,8 @@ def test_the_empty_prompt_is_unconditional(model: LatentDiffusion) -> None:
 
 
 @pytest.mark.parametrize("kind", ["clip", "t5", "bert"])
-def test_what_is_cut_of_a_prompt_is_said(kind: str, tmp_path: Path) -> None:
-    told = model_of(conditioner(config({kind: publish(kind, tmp_path / kind)}, kind)))
+def test_what_is_cut_of_a_prompt_is_said(kind: str, encoders: dict[str, Path]) -> None:
+    told = model_of(conditioner(config(encoders, kind)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         told(CAPTIONS[0][:6], steps=2)
@@ -217,8 +211,8 @@ def test_what_is_cut_of_a_prompt_is_said(kind: str, tmp_path: Path) -> None:
         told("red", negative="red " * 20, steps=2)
 
 
-def test_classes_beside_captions(tmp_path: Path) -> None:
-    both = conditioner(config({"bert": publish("bert", tmp_path / "bert")}, "bert"), "class+text")
+def test_classes_beside_captions(encoders: dict[str, Path]) -> None:
+    both = conditioner(config(encoders, "bert"), "class+text")
     told = model_of(both, num_class_embeds=3)
     plum, lime, none = (told("red", classes=name, steps=2, seed=1)[0] for name in ("plum", "lime", ""))
     assert not same(plum, lime) and not same(plum, none)
@@ -231,8 +225,48 @@ def test_classes_beside_captions(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=words):
             told("red", classes=classes, steps=2)
-    with pytest.raises(ValueError, match="not inverted yet"):
-        invert(told, plum, "red")
+
+
+def test_every_verb_takes_a_class_beside_a_caption(
+    encoders: dict[str, Path], picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = conditioner(config(encoders, "bert"), "class+text")
+    model = model_of(both, num_class_embeds=3)
+    with torch.no_grad():
+        for weight in model.unet.parameters():
+            weight += 0.05 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "both")
+    noise = {name: invert(model, picture, "red", classes=name, steps=3) for name in ("plum", "lime")}
+    assert (noise["plum"] - noise["lime"]).abs().max() > 1e-3
+    between = blended(model, "red", "green", [0.0, 0.5, 1.0], "lime")
+    assert between["label"].tolist() == model.read("green", 3, "lime")["label"].tolist()
+    for ask in (vary, interpolate):
+        ends = (picture,) if ask is vary else (1, 2)
+        made = [ask(model, *ends, "red", classes=name, steps=2)[0] for name in ("plum", "lime")]
+        assert not same(*made)
+    file, hole = tmp_path / "in.png", tmp_path / "hole.png"
+    picture.save(file)
+    mask = Image.new("L", picture.size)
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(hole)
+    for verb, *more in (
+        ("edit", str(file), "red"),
+        ("inpaint", str(file), "red", "--mask", str(hole)),
+        ("vary", str(file), "red", "--n", "1"),
+        ("invert", str(file), "red", "--to", "green"),
+        ("interpolate", "1", str(file), "red", "--to", "green", "--count", "2"),
+    ):
+        out = tmp_path / verb
+        words = [verb, str(tmp_path / "both"), *more, "--steps", "2", "--out", str(out)]
+        ldm([*words, "--class", "lime"])
+        notes = Image.open(out / "0000.png").text
+        assert (notes["prompt"], notes["class_name"], notes["made_by"]) == ("red", "lime", f"ldm {verb}")
+        with pytest.raises(SystemExit):
+            ldm([*words, "--class", "limes"])
+        assert "there is no class 'limes'; the nearest are lime" in capsys.readouterr().err
+    words = ["restore", str(tmp_path / "both"), str(file), "--noise", "60", "--prompt", "red"]
+    ldm([*words, "--class", "plum", "--out", str(tmp_path / "sound")])
+    assert Image.open(tmp_path / "sound" / "in.png").text["class_name"] == "plum"
 
 
 def test_bad_prompts_end_in_a_sentence(

@@ -13,6 +13,7 @@ from autoencoder.adversarial import Adversary
 from autoencoder.discriminator import Discriminator
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import ResnetBlock
+from ldm import memory
 from ldm.config import UserError
 from ldm.findings import Findings, Part, folder_bytes, hours
 from ldm.memory import Memory, Saved, foreseen
@@ -122,7 +123,25 @@ def test_a_batch_that_would_not_fit_is_refused_before_it_is_tried(
     monkeypatch.setattr(Memory, "room", lambda memory: 10**6)
     with pytest.raises(SystemExit) as ended:
         train_ldm.main(arguments("ldm", chain, tmp_path / "run"))
-    assert ended.value.code == 1 and "lower run.batch_size" in capsys.readouterr().err
+    assert ended.value.code == 1 and "not even one sample at a time fits" in capsys.readouterr().err
+
+
+def test_what_to_lower_is_what_would_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = Findings(steps=1, batch=8, keep=2, room=5 * 10**9)
+    assert "raise run.accumulate, which" in found.memory()
+    found.by_accumulate = {1: 9 * 10**9, 2: 6 * 10**9, 4: 4 * 10**9}
+    found.bytes["activations"], found.peaks = 3 * 10**9, {"validation": 10**9}
+    said = found.memory()
+    assert "a training step takes about 9.00 GB, validation takes about 1.00 GB, of 5.00 GB" in said
+    assert "activations 3.00 GB" in said and "raise run.accumulate to 4 (4.00 GB)" in said
+    found.room = 10**9
+    assert "not even one sample at a time fits: lower data.size" in found.memory()
+    found.room = 10**10
+    assert "fits if nothing else takes memory" in found.memory()
+    monkeypatch.setattr(memory, "LIMIT", tmp_path / "memory.max")
+    for limit, room in (("1000", 1000), ("max", Memory(torch.device("cpu")).room())):
+        memory.LIMIT.write_text(f"{limit}\n")
+        assert Memory(torch.device("cpu")).room() == pytest.approx(room, rel=0.5)
 
 
 def test_two_processes_rehearse_together(chain: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data import DataConfig, open_source
 from ldm.pictures import BadPicture
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
@@ -18,16 +17,6 @@ from pipelines.inputs import filled, read_picture, softened, to_mask, to_pixels,
 from pipelines.latent_diffusion import noise_of
 
 PROMPT = "a large red circle at the top left on a white background"
-
-
-@pytest.fixture(scope="module")
-def model(chain: Path) -> LatentDiffusion:
-    return LatentDiffusion.from_pretrained(chain / "ldm")
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return open_source(DataConfig(size=16)).picture(3, 16)
 
 
 def array(image: Image.Image) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoencoder import packed
+from autoencoder import packed, winograd
 from autoencoder.fast import Prepared as PreparedAutoencoder
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import ClassLabels, Cond
@@ -26,9 +26,12 @@ from tests.test_unet import SHAPES, TEXT, difference, inputs, randomise
 SIZES = [(8, 8), (10, 14), (9, 13), (3, 5)]
 
 
-@pytest.fixture(params=["packed", "plain"])
+@pytest.fixture(params=["packed", "winograd", "plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With oneDNN's operators, and as on a machine where they are missing."""
+    """With oneDNN's operators, fewer multiplications or not, and as on a machine where they are missing."""
+    monkeypatch.setattr(
+        winograd, "pays", lambda conv, x: request.param == "winograd" and conv.dtype == torch.float32
+    )
     if request.param == "plain":
         monkeypatch.setattr(packed, "packs", lambda dtype: False)
     elif not packed.packs(torch.float32):

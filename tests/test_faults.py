@@ -13,6 +13,7 @@ import torch
 
 from autoencoder.kl import AutoencoderKL
 from ldm import checkpoint
+from ldm.estimate import Estimate
 from ldm.faults import Watchdog, explain
 from ldm.training import Run
 from pipelines import LatentDiffusion
@@ -196,7 +197,7 @@ def test_one_then_two_then_one_process_see_the_same_samples_with_the_same_noise(
     del os.environ["STOP"]
     assert one(moved) == 0
     rows = [sorted((tmp_path / f"{name}.seen").read_text().splitlines()) for name in ("straight", "moved")]
-    assert rows[0] == rows[1] and len(set(rows[0])) == 13 * 4
+    assert rows[0] == rows[1] and len({eval(row)[2] for row in rows[0]}) == 13 * 4  # each its own noise
     epoch = [eval(row)[1] for row in sorted(rows[0], key=lambda row: eval(row)[0])][:24]
     assert sorted(epoch) == list(range(24))
     assert losses(moved) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
@@ -260,6 +261,31 @@ def test_settings_that_do_not_matter_may_change_and_are_written_down(tmp_path: P
     assert last["step"] == 1
 
 
+def test_a_run_may_be_lengthened_before_its_rate_falls(tmp_path: Path) -> None:
+    rates = ("--optimizer.decay", "linear", "--optimizer.decay_from", "0.5", "--run.steps")
+    assert trained(tmp_path / "straight", *rates, "12") == 0
+
+    def work() -> None:
+        original = Run.save
+
+        def save(run: Run) -> None:
+            original(run)
+            if run.step == 4:
+                run._writer.wait()
+                os._exit(5)
+
+        Run.save = save  # type: ignore[method-assign]
+        train(tmp_path / "run", *rates, "8")
+
+    assert ended(forked(work)) == 5
+    assert trained(tmp_path / "run", *rates, "12") == 0
+    assert alike(tmp_path / "run", tmp_path / "straight")
+    last = json.loads((tmp_path / "run" / "history.jsonl").read_text().splitlines()[-1])
+    assert last["changed"] == ["run.steps was 8 and is 12"]
+    assert trained(tmp_path / "run", *rates, "16") == 1
+    assert "run.steps was 12 and is 16. Set them back" in (tmp_path / "run.log").read_text()
+
+
 def test_a_full_disk_met_in_the_background_ends_the_run(tmp_path: Path) -> None:
     def work() -> None:
         def full(*arguments: object) -> None:
@@ -300,7 +326,7 @@ def test_a_checkpoint_is_a_model(chain: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "words"),
     [
-        (MemoryError(), "raise run.accumulate"),
+        (MemoryError(), "lower run.batch_size"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
             "Tried to allocate 2.00 GiB",
@@ -325,14 +351,15 @@ def test_faults_of_our_own_are_not_explained_away() -> None:
     assert "another process" in (explain(RuntimeError(reset)) or "")
 
 
-def test_memory_that_runs_out_is_one_sentence(tmp_path: Path) -> None:
-    def work() -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_that_runs_out_is_one_sentence_with_an_estimate(tmp_path: Path, ranks: int) -> None:
+    def work(rank: int) -> None:
         import resource
 
         original = Run.update
 
         def update(run: Run, *rest: object) -> None:
-            if run.step == 2:
+            if run.step == 2 and run.accelerator.process_index == ranks - 1 and not isinstance(run, Estimate):
                 run._writer.wait()
                 resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
                 torch.empty(2**33)
@@ -341,12 +368,15 @@ def test_memory_that_runs_out_is_one_sentence(tmp_path: Path) -> None:
         Run.update = update  # type: ignore[method-assign]
         train(tmp_path / "run")
 
-    assert ended(forked(work, tmp_path / "log")) == 1
-    said = (tmp_path / "log").read_text()
-    assert "out of memory" in said and "run.accumulate" in said and "Traceback" not in said
-    assert re.search(
-        r"weights 0\.\d+ GB, .* leave at most [\d.]+ GB of [\d.]+ GB for the activations of 4 samp", said
+    children = ranked(work, tmp_path / "log.x", ranks)
+    assert [ended(child) for child in children] == [1] * ranks
+    said = (tmp_path / f"log.{ranks - 1}.log").read_text()
+    assert "out of memory" in said and "Traceback" not in said and "to go on from the last checkpoint" in said
+    phases = (
+        r"a training step takes about [\d.]+ GB, validation .* [\d.]+ GB, saving .* [\d.]+ GB, of [\d.,]+ GB"
     )
+    assert re.search(phases + r"; in a step weights 0\.\d+ GB, .*, activations 0\.\d+ GB", said), said
+    assert not list((tmp_path / "run").glob(".*"))
     assert trained(tmp_path / "run") == 0
 
 

@@ -1,36 +1,18 @@
 """Noise from pictures: each step of DDIM is undone, what is between two ends meets both."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from autoencoder.metrics import psnr
-from ldm.data import DataConfig, open_source
 from ldm.samplers import step
 from pipelines import LatentDiffusion
 from pipelines.inputs import to_pixels
 from pipelines.inversion import blended, drawn_again, interpolate, invert, slerp, undone, vary
+from tests.test_editing import PROMPT, distance
 
-PROMPT = "a large red circle at the top left on a white background"
 OTHER = "a small blue star at the center on a black background"
-
-
-@pytest.fixture(scope="module")
-def model(chain: Path) -> LatentDiffusion:
-    return LatentDiffusion.from_pretrained(chain / "ldm")
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return open_source(DataConfig(size=16)).picture(3, 16)
-
-
-def distance(a: Image.Image, b: Image.Image) -> float:
-    one, other = (np.asarray(image).astype(float) for image in (a, b))
-    return float(np.sqrt(np.square(one - other).mean()))
 
 
 def test_inversion_solves_each_step(model: LatentDiffusion, picture: Image.Image) -> None:

@@ -12,43 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
-import train_ldm
-from ldm.data import DataConfig, ScenesConfig, open_source
 from ldm.degradations import noisy
 from ldm.paths import Level
 from ldm.random import stream
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.doctor_model import doctor_model
-from pipelines.editing import image_to_image, outpaint
-from pipelines.editing import inpaint as edited
+from pipelines.editing import image_to_image, inpaint, outpaint
 from pipelines.publish import SHIPPED
 from pipelines.recover import inside, mean_filled, seam
-from pipelines.tasks import Segmentation, in_tiles, inpaint, restore, segment, upscale, voted
-from tests.support import TOY
+from pipelines.tasks import Segmentation, in_tiles, restore, segment, upscale, voted
+from tests.support import KINDS
 from tests.test_editing import PROMPT, array, hole
-
-KINDS = ("inpaint", "upscale", "restore", "segment")
-
-
-@pytest.fixture(scope="module")
-def runs(chain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of each task, and `holes`: inpainting that is told nothing."""
-    out = tmp_path_factory.mktemp("tasks")
-    shared = f"--config {TOY}/ldm-plain.yaml --data.path scenes --data.scenes.count 24 --workers 0"
-    for name in (*KINDS, "holes"):
-        more = f"--task {name} --autoencoder {chain}/vae --run.out {out}/{name}"
-        more += " --upscale.factor 2" if name == "upscale" else ""
-        more += " --conditioning.text.width 16 --conditioning.text.heads 2" if name == "inpaint" else ""
-        more = more.replace("--task holes", "--task inpaint --conditioning.kind none")
-        train_ldm.main([*shared.split(), *more.split()])
-    return out
-
-
-@pytest.fixture(scope="module")
-def picture() -> Image.Image:
-    return open_source(DataConfig(size=16, scenes=ScenesConfig(count=24))).picture(3, 16)
-
 
 MASK = hole((16, 16), (4, 4, 12, 16))
 
@@ -158,17 +133,23 @@ def test_the_spacing_of_the_steps_is_heeded(runs: Path, picture: Image.Image) ->
         inpaint(model, picture, MASK, PROMPT, steps=4, spacing="nothing")  # type: ignore[arg-type]
 
 
-def test_editing_hands_holes_to_a_model_that_was_trained_for_them(runs: Path, picture: Image.Image) -> None:
+def test_every_setting_reaches_a_model_that_was_trained_for_holes(runs: Path, picture: Image.Image) -> None:
     model = LatentDiffusion.from_pretrained(runs / "inpaint")
-    one, other = (f(model, picture, MASK, PROMPT, steps=2, soft=2) for f in (edited, inpaint))
-    assert (array(one[0]) == array(other[0])).all()
-    for setting in ({"spacing": "karras"}, {"sampler": "ddpm"}, {"seed": 1}, {"guidance": 1.0}):
-        other = edited(model, picture, MASK, PROMPT, steps=2, soft=2, **setting)
-        assert (array(one[0]) != array(other[0])).any(), f"{setting} is not used"
+    one = inpaint(model, picture, MASK, PROMPT, steps=2, soft=2)[0]
+    for setting in (
+        {"spacing": "karras"},
+        {"sampler": "ddpm"},
+        {"seed": 1},
+        {"guidance": 1.0},
+        {"soft": 0},
+        {"negative": "a star"},
+    ):
+        other = inpaint(model, picture, MASK, PROMPT, **{"steps": 2, "soft": 2} | setting)[0]
+        assert (array(one) != array(other)).any(), f"{setting} is not used"
     wide = outpaint(model, picture, (24, 16), PROMPT, steps=2)[0]
     assert (array(wide)[:, 4:20] == array(picture)).all()
     with pytest.raises(ValueError, match="resample is 2"):
-        edited(model, picture, MASK, PROMPT, resample=2)
+        inpaint(model, picture, MASK, PROMPT, resample=2)
 
 
 def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, picture: Image.Image) -> None:
@@ -179,6 +160,9 @@ def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, pi
         (lambda: restore(large, picture), "trained to upscale pictures, not to restore them"),
         (lambda: large(), "trained to upscale pictures, and can do nothing else"),
         (lambda: image_to_image(large, picture), "trained to upscale pictures, and can do nothing else"),
+        (lambda: inpaint(large, picture, MASK), "trained to upscale pictures, not to inpaint them"),
+        (lambda: upscale(large, picture, classes="pear"), "not told both captions and classes"),
+        (lambda: restore(plain, picture, noise=60, negative="a pear"), "no prompt to be guided by"),
         (lambda: upscale(large, picture, noise=0.2), r"noise is 0.2, but must lie in \[0, 0.1\]"),
         (lambda: upscale(large, picture, "a pear"), "prompts are given, but this model draws without"),
         (lambda: upscale(large, picture, tile=7), "tile"),

@@ -1,8 +1,15 @@
 """What a task is given of pictures: exactly that, for the same sample always the same, and beside x_t."""
 
+import io
+import json
+import tarfile
+from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
@@ -246,7 +253,7 @@ def test_another_mask_is_another_set(tmp_path: Path) -> None:
     [
         (Image.new("L", (16, 20)), "a mask must be as large"),
         (Image.new("L", (20, 16), 3), "has the number 3, but segment.classes names the classes 0 to 2"),
-        (Image.new("RGB", (20, 16)), "is RGB; a mask is grey or has a palette"),
+        (Image.new("RGB", (20, 16), "red"), "is RGB; a mask is grey or has a palette"),
         (b"not a picture", "is no sound PNG"),
     ],
 )
@@ -266,8 +273,105 @@ def test_missing_masks_are_counted_before_anything_is_trained(tmp_path: Path) ->
     (tmp_path / "masks" / "sub" / "b.png").unlink()
     with pytest.raises(UserError, match=r"There is no .*sub/b.png, and 0 more pictures of 3 have no mask"):
         Masks(source, CLASSES)
+    source.config = replace(source.config, streaming=True)
+    with pytest.raises(UserError, match=r"data.streaming keeps pictures without their masks"):
+        Masks(source, CLASSES)
     with pytest.raises(UserError, match="drawn scenes have their own masks"):
         with_classes(CLASSES, open_source(DataConfig(size=16)))
+
+
+def as_rows(folder: Path) -> list[tuple[bytes, bytes]]:
+    """The files of `paired`, picture and mask."""
+    return [
+        ((folder / "images" / f"{name}.png").read_bytes(), (folder / "masks" / f"{name}.png").read_bytes())
+        for name in ("a", "c", "sub/b")
+    ]
+
+
+def metadata(folder: Path, out: Path, column: str, form: str) -> None:
+    """Picture and mask files beside each other, which a metadata file names."""
+    for i, (image, mask) in enumerate(as_rows(folder)):
+        (out / f"{i}.png").write_bytes(image)
+        (out / f"{i}-mask.png").write_bytes(mask)
+    rows = [{"file_name": f"{i}.png", column: f"{i}-mask.png"} for i in range(3)]
+    if form == "csv":
+        lines = [",".join(row.values()) for row in rows]
+        (out / "metadata.csv").write_text("\n".join([f"file_name,{column}", *lines]))
+    elif form == "jsonl":
+        (out / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / "metadata.parquet")
+
+
+def parquet(folder: Path, out: Path, typed: bool) -> None:
+    """Masks in the first column, as `datasets` writes pictures, or as bytes."""
+    images, masks = zip(*as_rows(folder), strict=True)
+    rows = {"mask": list(masks), "image": list(images)}
+    if typed:
+        features = datasets.Features({"mask": datasets.Image(), "image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(out / "train.parquet")
+    else:
+        pyarrow.parquet.write_table(pyarrow.table(rows), out / "all.parquet")
+
+
+def tars(folder: Path, out: Path, ends: tuple[str, str]) -> None:
+    with tarfile.open(out / "shard.tar", "w") as tar:
+        for i, row in enumerate(as_rows(folder)):
+            for end, data in zip(ends, row, strict=True):
+                member = tarfile.TarInfo(f"{i:04d}.{end}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+IN_COLUMNS = {
+    "csv": lambda folder, out: metadata(folder, out, "mask", "csv"),
+    "jsonl": lambda folder, out: metadata(folder, out, "mask_file_name", "jsonl"),
+    "metadata.parquet": lambda folder, out: metadata(folder, out, "annotation", "parquet"),
+    "datasets": lambda folder, out: parquet(folder, out, True),
+    "parquet": lambda folder, out: parquet(folder, out, False),
+    "tars": lambda folder, out: tars(folder, out, ("png", "mask.png")),
+    "tars, both named": lambda folder, out: tars(folder, out, ("image.png", "mask.png")),
+}
+
+
+@pytest.mark.parametrize("form", IN_COLUMNS)
+def test_masks_in_columns_are_those_of_the_folder(form: str, tmp_path: Path) -> None:
+    beside = open_source(paired(tmp_path))
+    wanted = Masks(beside, CLASSES)
+    (tmp_path / "data").mkdir()
+    IN_COLUMNS[form](tmp_path, tmp_path / "data")
+    source = open_source(DataConfig(path=str(tmp_path / "data"), size=16))
+    assert len(source) == 3 and "left out" not in source.describe()
+    masks = Masks(source, CLASSES)
+    for i in range(3):
+        assert (masks.mask(i, 16) == wanted.mask(i, 16)).all()
+        assert source.picture(i, 16).tobytes() == beside.picture(i, 16).tobytes()
+    part = Masks(source.chosen([2]), CLASSES)
+    assert (part.mask(0, 16) == wanted.mask(2, 16)).all() and part.fingerprint != masks.fingerprint
+    with pytest.raises(UserError, match=r"masks2/\d.png, and 2 more|no column 'masks2' of pictures"):
+        Masks(source, Segment(masks="masks2"))
+
+
+def test_masks_of_several_places_are_one_column(tmp_path: Path) -> None:
+    paired(tmp_path)
+    for name in ("csv", "tars"):
+        (tmp_path / name).mkdir()
+        IN_COLUMNS[name](tmp_path, tmp_path / name)
+    source = open_source(DataConfig(path=(str(tmp_path / "csv"), str(tmp_path / "tars")), size=16))
+    masks = Masks(source, CLASSES)
+    assert len(masks) == 6 and (masks.mask(1, 16) == masks.mask(4, 16)).all()
+
+
+def test_a_row_without_a_mask_is_named(tmp_path: Path) -> None:
+    paired(tmp_path)
+    (tmp_path / "csv").mkdir()
+    IN_COLUMNS["csv"](tmp_path, tmp_path / "csv")
+    file = tmp_path / "csv" / "metadata.csv"
+    file.write_text(file.read_text().replace("1-mask.png", ""))
+    source = open_source(DataConfig(path=str(tmp_path / "csv"), size=16))
+    with pytest.raises(BadPicture, match="row 1 of column mask has neither bytes nor a file"):
+        Masks(source, CLASSES).fingerprint  # noqa: B018
+    assert "1 pictures are not named" in source.describe()
 
 
 def test_masks_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +380,10 @@ def test_masks_may_lie_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "masks").rename(tmp_path / "truth")
     masks = Masks(source, Segment(masks="~/truth", classes=CLASSES.classes))
     assert masks.mask(0, 16).max() == 2
+    grey = Image.open(tmp_path / "truth" / "a.png").convert("RGB")  # as many programs save grey
+    before = masks.mask(0, 16)
+    grey.save(tmp_path / "truth" / "a.png")
+    assert (masks.mask(0, 16) == before).all()
 
 
 def test_masks_of_scenes_show_what_is_drawn() -> None:

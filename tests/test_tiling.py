@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from autoencoder import tiling
+from autoencoder.fast import Prepared
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.layers import GroupNorm
 from autoencoder.tile_norms import TileNorms
+from ldm.device import to_decode
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from tests.tiling_memory import STATUS, measured
@@ -94,7 +96,7 @@ def test_statistics_gathered_over_tiles_are_those_of_the_whole() -> None:
     x = torch.randn(2, 8, 40, 56) * torch.linspace(0.2, 5, 56) + torch.linspace(-3, 3, 40)[:, None]
     network = nn.Sequential(GroupNorm(4, 8), nn.AvgPool2d(2))
     nn.init.normal_(network[0].weight)
-    norms = TileNorms(network)
+    norms = TileNorms(network.modules())
     tiles = list(product(tiling.windows(40, 16, 8), tiling.windows(56, 24, 8)))
     wanted = network(x)
     for known in (False, True):
@@ -121,6 +123,25 @@ def test_as_many_passes_as_normalisations_give_the_untiled_result() -> None:
     assert (made - wanted).abs().max() < 1e-4 * wanted.abs().max()
     alone = tiling.decode(model, z, tile=192, overlap=96, passes=0)
     assert (alone - wanted).abs().max() > 1e-2 * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_prepared_decoders_make_the_same_of_tiles() -> None:
+    """In their own precision; and nothing stays hooked into them."""
+    model, z = make(factor=2), torch.randn(1, 4, 24, 20, generator=torch.Generator().manual_seed(2))
+    wanted = tiling.decode(model, z, tile=16, overlap=8)
+    largest = wanted.abs().max()
+    prepared = Prepared(model)
+    assert (tiling.decode(prepared, z, tile=16, overlap=8) - wanted).abs().max() < 1e-5 * largest
+    assert not any(norm._forward_hooks for norm in prepared.norms())
+    assert len(list(prepared.norms())) == sum(isinstance(m, GroupNorm) for m in model.decoder.modules())
+    for decode in (
+        to_decode(model, "bf16", tile=16),  # prepared, and as on other devices
+        to_decode(model, "bf16", tile=16, prepare=False),
+    ):
+        made = decode(z)
+        assert made.dtype == torch.float32
+        assert 1e-4 * largest < (made - to_decode(model, tile=16)(z)).abs().max() < 0.1 * largest
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""Blocks of the autoencoder and the U-Net, prepared for a CPU: the mathematics of `layers`, made of `packed`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoencoder.layers import ResnetBlock, folded, unfolded
+from autoencoder.packed import Conv, Linear, maps, rows
+from autoencoder.winograd import Conv3x3
+
+
+class Doubling:
+    """Twice the resolution by repeating pixels, then a 3x3 convolution, as `layers.folded` has it."""
+
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
+        with torch.no_grad():
+            weight, bias = folded(layer)
+        four = nn.Conv2d(layer.in_channels, len(bias), 2, padding=1, device="meta")
+        four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
+        self.conv = Conv(four, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B,in,H,W] => [B,out,2H,2W]."""
+        return unfolded(self.conv(x))
+
+
+class Norm(nn.GroupNorm):
+    """GroupNorm in a precision, and a SiLU after it if asked for. A module, so that `tile_norms` can hook into it."""
+
+    def __init__(self, layer: nn.GroupNorm, dtype: torch.dtype) -> None:
+        super().__init__(layer.num_groups, layer.num_channels, layer.eps, device="meta")
+        self.weight, self.bias = (
+            nn.Parameter(part.detach().to(dtype), requires_grad=False) for part in (layer.weight, layer.bias)
+        )
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(self(x), inplace=True)
+
+
+class Residual:
+    """A ResnetBlock; what time adds or scales comes computed (`time_of`)."""
+
+    def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
+        self.block = block
+        self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
+        self.conv1, self.conv2 = Conv3x3(block.conv1, dtype), Conv3x3(block.conv2, dtype)
+        self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
+
+    def time_of(self, emb: Tensor) -> Tensor:
+        """SiLU of embedded times [T,D] => [T,C], the bias of the first convolution in it; scale and shift [T,2C]."""
+        assert self.block.time_emb_proj is not None
+        time = self.block.time_emb_proj(emb)
+        if not self.block.scale_shift:
+            time = time + self.block.conv1.bias
+        return time.to(self.norm1.weight.dtype)
+
+    def __call__(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """[B,in,H,W], time of one row or B => [B,out,H,W]."""
+        h = self.norm1.silu(x)
+        if time is None:
+            h = self.norm2.silu(self.conv1(h))
+        elif self.block.scale_shift:
+            scale, shift = time[:, :, None, None].chunk(2, dim=1)
+            h = F.silu(torch.addcmul(shift, self.norm2(self.conv1(h)), 1 + scale), inplace=True)
+        elif len(time) == 1:
+            h = self.norm2.silu(self.conv1.biased(h, time[0]))
+        else:
+            h = self.norm2.silu(self.conv1.biased(h, None).add_(time[:, :, None, None]))
+        return self.conv2.onto(h, x if self.shortcut is None else maps(self.shortcut(rows(x)), x))
