@@ -35,6 +35,18 @@ class Norm(nn.GroupNorm):
             nn.Parameter(part.detach().to(dtype), requires_grad=False) for part in (layer.weight, layer.bias)
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] => the same shape.
+
+        On small maps with few channels a group, PyTorch's is slow in bfloat16 (2x128x16x16 in 32 groups, one core:
+        0.51 ms, by way of float32 0.19 ms).
+        """
+        few = self.num_channels < 16 * self.num_groups and x.shape[2] * x.shape[3] < 1024
+        if few and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            scale, shift = self.weight.float(), self.bias.float()
+            return F.group_norm(x.float(), self.num_groups, scale, shift, self.eps).to(x.dtype)
+        return super().forward(x)
+
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(self(x), inplace=True)
 
