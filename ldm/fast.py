@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from autoencoder.fast_blocks import Doubling, Norm, Residual
 from autoencoder.packed import Conv, Linear, maps, rows
+from autoencoder.winograd import FEW
 from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock, attend
 from ldm.checks import require_int
 from ldm.conditioning import Cond
@@ -145,7 +146,7 @@ class Level:
     """
 
     def __init__(self, block: Block, dtype: torch.dtype, reads: bool) -> None:
-        self.resnets = [Residual(resnet, dtype) for resnet in block.resnets]  # type: ignore[arg-type]
+        self.resnets = [Residual(resnet, dtype, FEW) for resnet in block.resnets]  # type: ignore[arg-type]
         self.attentions = [Pixels(layer, dtype, reads) for layer in block.attentions]  # type: ignore[arg-type]
         self.downsamplers = [Conv(layer.conv, dtype) for layer in getattr(block, "downsamplers", ())]
         above = [layer.conv for layer in getattr(block, "upsamplers", ())]
