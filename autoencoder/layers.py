@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoencoder.winograd_training import Conv3x3
+
 
 class Checkpointed(nn.Module):
     """Base of the blocks whose layers' insides need not be kept for the backward pass."""
@@ -42,10 +44,13 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = self.num_channels < 16 * self.num_groups and x.dtype == torch.bfloat16
-        if few and x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x):
+        each = self.num_channels // self.num_groups
+        trains = x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x)
+        if each >= 16 or x.dtype != torch.bfloat16 or not trains:
+            return super().forward(x)
+        if each < 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -81,7 +86,7 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.time_emb_proj = (
             nn.Linear(temb_channels, 2 * out_channels if scale_shift else out_channels)
             if temb_channels
@@ -89,7 +94,7 @@ class ResnetBlock(nn.Module):
         )
         self.norm2 = GroupNorm(groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:

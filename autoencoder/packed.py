@@ -56,11 +56,13 @@ class Linear:
 class Conv:
     """A convolution of channels-last maps [B,in,H,W]."""
 
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, packed: bool | None = None) -> None:
+    def __init__(
+        self, layer: nn.Conv2d, dtype: torch.dtype, packed: bool | None = None, groups: int = 1
+    ) -> None:
         self.dtype, self.weight = dtype, layer.weight.detach()  # the layer's own: no copy but the packed one
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
         self.stride, self.padding = list(layer.stride), [int(side) for side in layer.padding]
-        self.groups = layer.groups
+        self.groups = groups
         self.packed = packable(layer.weight, dtype) if packed is None else packed
         if not self.packed:
             self.weight = self._laid_out()
@@ -145,14 +147,14 @@ def _largest_error(dtype: torch.dtype) -> float:
         part.copy_(torch.randn(part.shape, generator=generator) / 12)
     weight = weight[:1].reshape(16, 16) / 4
     grouped = skip_init(nn.Conv2d, 16, 16, 1, groups=4)
-    grouped.weight.copy_(weight[:, :4, None, None])
-    grouped.bias.copy_(layer.bias)
+    for part, values in ((grouped.weight, weight[:, :4, None, None]), (grouped.bias, layer.bias)):
+        part.copy_(values)
     made = []
     for packed in (True, False):
         linear, conv = Linear(weight, layer.bias, dtype, packed), Conv(layer, dtype, packed)
         pixels = rows(x)
         results = [conv(x), conv.onto(x, rest.clone()), linear(pixels), linear.gelu(pixels)]
-        results.append(Conv(grouped, dtype, packed)(x))
+        results.append(Conv(grouped, dtype, packed, groups=4)(x))
         made.append([*results, linear.onto(pixels, rows(rest).clone())])
     pairs = zip(*made, strict=True)
     return max(float((a - b).float().abs().max() / b.float().abs().max()) for a, b in pairs)

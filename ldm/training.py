@@ -37,6 +37,7 @@ from ldm.buckets import Buckets
 from ldm.config import UserError, to_yaml
 from ldm.data import Source
 from ldm.faults import GO_ON, Watchdog, let_exchanges_end
+from ldm.memory import keep_freed
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, chosen_precision
 from ldm.run_folder import environment, is_finished, open_folder
@@ -80,6 +81,8 @@ class Run(RunLog):
             )
         if started > 1:
             let_exchanges_end()
+        if self.device.type == "cpu":
+            keep_freed()
         self.config, self.recipe = config, recipe
         shares = accelerator.num_processes * config.accumulate
         if config.batch_size % shares:

@@ -11,6 +11,7 @@ from PIL import Image
 from ldm.config import UserError
 from pipelines.cli_draw import (
     MODEL,
+    captions,
     class_option,
     guidance,
     prompt_options,
@@ -109,7 +110,7 @@ def run_edit(options: argparse.Namespace) -> None:
     asked = told(options, model)
     images = image_to_image(model, picture, **asked, strength=options.strength, **sampled(options))
     notes = drawn_notes(options, model, asked, len(images), strength=options.strength)
-    keep(images, options, notes, checker)
+    keep(images, options, notes, checker, captions(notes))
 
 
 def run_inpaint(options: argparse.Namespace) -> None:
@@ -127,7 +128,8 @@ def run_inpaint(options: argparse.Namespace) -> None:
         images = inpaint(model, picture, mask, **asked, **how, **sampled(options))
     else:
         images = outpaint(model, picture, options.canvas, **asked, **how, **sampled(options))
-    keep(images, options, drawn_notes(options, model, asked, len(images), **how), checker)
+    notes = drawn_notes(options, model, asked, len(images), **how)
+    keep(images, options, notes, checker, captions(notes))
 
 
 def run_vary(options: argparse.Namespace) -> None:

@@ -30,8 +30,10 @@ def add_tasks(verbs: Any) -> None:
 
     sound = verbs.add_parser("restore", help="pictures without noise, blur and JPEG artefacts")
     task_options(sound, run_restore, samples=1, steps=30)
-    noise = "of a model not trained to restore: the noise in the pictures, of 255; by default estimated"
+    noise = "for a model trained to draw: the noise in the pictures, of 255; by default estimated"
     sound.add_argument("--noise", type=float, metavar="X", help=noise)
+    jpeg = "for a model trained to draw: they are JPEGs of this quality, 1 to 95"
+    sound.add_argument("--jpeg", type=int, metavar="QUALITY", help=jpeg)
 
     parts = verbs.add_parser("segment", help="what each pixel shows: masks, confidence and boxes")
     task_options(parts, run_segment, samples=8, steps=20, pictures=False)
@@ -126,18 +128,16 @@ def run_restore(options: argparse.Namespace) -> None:
     from pipelines.tasks import restore
 
     model, checker = opened(options)
-    words = told_one(options, model)
+    words = told_one(options, model, needed=model.task is not None)
     for picture, stem in each(options):
         require_room(options, picture.size)
-        noise = options.noise
-        if model.task is None and noise is None:
-            noise = round(noise_level(upright(picture)), 1)
-            say = (
-                f"{stem.name}: noise of about {noise} of 255; a model that draws removes Gaussian noise alone"
-            )
+        damage = {"noise": options.noise, "jpeg": options.jpeg}
+        if model.task is None and damage == {"noise": None, "jpeg": None}:
+            damage["noise"] = round(noise_level(upright(picture)), 1)
+            say = f"{stem.name}: noise of about {damage['noise']} of 255, estimated; --noise or --jpeg says otherwise"
             tqdm.write(say)
-        made = restore(model, picture, **words, noise=noise, **settings(options))
-        keep_one(made, stem, note(options, noise=noise), options, checker)
+        made = restore(model, picture, **words, **damage, **settings(options))
+        keep_one(made, stem, note(options, **damage), options, checker)
     print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 

@@ -33,9 +33,13 @@ class Row(NamedTuple):
         error = (self.one["error"] ** 2 + self.other["error"] ** 2) ** 0.5
         if abs(difference) <= SURE * error:
             return f"{difference:+.4g} ± {SURE * error:.2g}: within chance"
-        less = self.name.split("_")[0].split(" ")[0] in LOWER
-        better = "second" if (difference < 0) == less else "first"
+        better = "second" if (difference < 0) == less_is_better(self.name) else "first"
         return f"{difference:+.4g} ± {SURE * error:.2g}: the {better} is better"
+
+
+def less_is_better(name: str) -> bool:
+    """Of a figure by its name."""
+    return name.split("_")[0].split(" ")[0] in LOWER
 
 
 def read_result(file: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ nav a { padding: .15rem .8rem; border: 1px solid var(--line); border-radius: 1re
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: break-word; margin: .6rem 0; }
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { vertical-align: bottom; font-size: .85rem; color: var(--soft); } td:first-child { min-width: 8rem; }
+th { vertical-align: bottom; white-space: nowrap; font-size: .85rem; color: var(--soft); }
+td:first-child { min-width: 8rem; }
 th:first-child, td:first-child { padding-left: 0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; border-radius: .3rem; }
 figcaption { font-size: .85rem; color: var(--soft); margin-top: .3rem; }

@@ -78,7 +78,7 @@ def noising(path: Path, picture: Image.Image, count: int = 8, seed: int = 0) -> 
     alpha, sigma, share = levels(path)
     chosen = np.linspace(0, len(alpha) - 1, count).round().astype(int)
     noised = [(alpha[i] * x + sigma[i] * eps) / max(1.0, float(np.hypot(alpha[i], sigma[i]))) for i in chosen]
-    captions = [f"{share[i]:.0%} of the way, SNR {(alpha[i] / sigma[i]) ** 2:.2g}" for i in chosen]
+    captions = [f"SNR {(alpha[i] / sigma[i]) ** 2:.2g} at {share[i]:.0%}" for i in chosen]
     return contact_sheet(to_images(torch.cat(noised)), captions, columns=count)
 
 
@@ -127,7 +127,7 @@ def trajectory(
     shown = [seen[i] for i in np.linspace(0, len(seen) - 1, min(count, len(seen))).round().astype(int)]
     drawn = [[to_images(model.decode(z)) for z in (x, x0)] for x, x0, _ in shown]
     images = [both[kind][row] for row in range(n) for kind in (0, 1) for both in drawn]
-    captions = [f"{name} {share:.1%} noise" for name in ("x_t,", "x_0 seen in") for _, _, share in shown]
+    captions = [f"{name} at {share:.1%} noise" for name in ("x_t", "x_0") for _, _, share in shown]
     return contact_sheet(images, captions * n, columns=len(shown))
 
 

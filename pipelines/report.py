@@ -99,8 +99,9 @@ def samples(page: Page, record: Record) -> None:
         whole(page, looks)
         return
     step, newest_look = cut[-1]
-    page.subheading(f"At step {step:,}")
-    page.tiles([image for _, image in newest_look], [prompt for prompt, _ in newest_look])
+    if len(newest_look) > 1:
+        page.subheading(f"At step {step:,}")
+        page.tiles([image for _, image in newest_look], [prompt for prompt, _ in newest_look])
     for i, (prompt, _) in enumerate(newest_look[:SHOWN_PROMPTS]):
         page.subheading(prompt or f"picture {i + 1}")
         there = [(step, parts[i][1]) for step, parts in cut if i < len(parts)]
@@ -136,23 +137,25 @@ def panels(record: Record) -> Iterator[Figure]:
     judged = [name for name in noted if name.endswith(JUDGED)]
     yield run_plots.panel(lines, together, "loss")
     if found := run_plots.by_level(lines):
-        for draw in (run_plots.draw_levels, run_plots.draw_last):
+        looks = max(len(steps) for levels in found.values() for steps, _ in levels.values())
+        for draw in (run_plots.draw_levels, run_plots.draw_last)[looks == 1 :]:
             figure = run_plots.small()
             draw(figure.subplots(), found)
             yield figure
     for name in judged:
-        yield run_plots.panel(lines, [name], name.replace("_", " "))
+        if len(run_plots.points(lines, name)[0]) > 1:  # a single one stands above, as a figure
+            yield run_plots.panel(lines, [name], run_plots.title_of(name))
     steps, speeds = run_plots.speeds(lines, batch(record))
     if speeds:
         figure = run_plots.small()
         axes = figure.subplots()
         run_plots.curve(axes, steps, speeds)
         axes.set_ylim(bottom=0)
-        run_plots.tidy(axes, "pictures a second (saving and validation included)")
+        run_plots.against_steps(axes, "pictures a second (saving and validation included)")
         yield figure
     for name in noted:
         if name not in together + judged:
-            yield run_plots.panel(lines, [name], name.replace("_", " "))
+            yield run_plots.panel(lines, [name], run_plots.title_of(name))
 
 
 def reconstructions(page: Page, record: Record, first: Record | None) -> None:
@@ -199,7 +202,7 @@ def metrics(page: Page, record: Record) -> None:
     name = record.folder.resolve().name
     files = sorted((record.folder / "evaluations").glob("*.json"))
     if not files:
-        page.text(f"Nothing has been measured of {name}; ldm evaluate does.")
+        page.text(f"Nothing has been measured of {name} yet: that is done by the command ldm evaluate.")
     for file in files:
         page.subheading(f"{name}: {file.stem}")
         try:

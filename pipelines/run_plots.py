@@ -12,6 +12,7 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ldm.config import UserError
 
@@ -93,14 +94,31 @@ def panel(lines: Lines, names: list[str], title: str) -> Figure:
         curve(axes, *points(lines, name), label=name.replace("_", " "))
     if len(names) > 1:
         axes.legend(fontsize=8, frameon=False)
-    tidy(axes, title)
+    against_steps(axes, title)
     return figure
+
+
+def against_steps(axes: Axes, title: str) -> None:
+    """Finish a panel; losses and norms over more than a decade are logarithmic, or their end would lie flat."""
+    if ("loss" in title or "norm" in title) and 0 < axes.dataLim.ymin < axes.dataLim.ymax / 10:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(left=0)
+    axes.set_xlabel("step", fontsize=9)
+    tidy(axes, title)
 
 
 def tidy(axes: Axes, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def title_of(name: str) -> str:
+    """What was noted, in words."""
+    return "share of captions or classes left out" if name == "dropped" else name.replace("_", " ")
 
 
 def curves(run: Path) -> Figure:
@@ -113,7 +131,7 @@ def curves(run: Path) -> Figure:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(panels, noted, strict=False):
         curve(axes, *points(lines, name))
-        tidy(axes, name.replace("_", " "))
+        against_steps(axes, title_of(name))
     for axes in panels[len(noted) :]:
         axes.remove()
     return figure
@@ -143,10 +161,9 @@ def draw_levels(axes: Axes, found: Levels) -> None:
             colour = shades(0.1 + 0.9 * i / max(1, len(levels) - 1))
             line, label = ("-", f"{at:.1f}") if weights.endswith("ema") else (":", None)
             curve(axes, *there, color=colour, linestyle=line, linewidth=1.2, label=label)
-    axes.set_xlabel("step")
     axes.legend(title="ln SNR", fontsize=7, title_fontsize=8, frameon=False, ncols=2, loc="upper right")
     split = next(iter(found)).partition(",")[0]
-    tidy(axes, f"{split} loss by noise level (dotted: raw weights)")
+    against_steps(axes, f"{split} loss by noise level (dotted: raw weights)")
 
 
 def draw_last(axes: Axes, found: Levels) -> None:

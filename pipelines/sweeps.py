@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 
 from ldm.config import UserError
 from pipelines.bench import Bench, Evaluation
-from pipelines.compare import read_result
+from pipelines.compare import less_is_better, read_result
 from pipelines.evaluate import measure
 from pipelines.evaluate_drawn import how_drawn, training_pictures
 from pipelines.protocol import differing
+from pipelines.run_plots import tidy
 from pipelines.subjects import kind_of
 
 Setting = Literal["guidance", "steps", "sampler"]
@@ -64,12 +65,14 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
     for result, file in zip(results, files, strict=True):
         if unlike := differing(results[0]["protocol"], result["protocol"], [setting]):
             raise UserError(f"{files[0]} and {file} differ in more than {setting}: {'; '.join(unlike)}.")
-    names = [name for name in SHOWN if all(name in result["figures"] for result in results)]
+    common = [name for name in results[0]["figures"] if all(name in result["figures"] for result in results)]
+    names = [name for shown in SHOWN for name in common if name.partition(" (")[0] == shown]
     if not names:
         raise UserError(f"{files[0]} has none of the figures that are plotted: {', '.join(SHOWN)}.")
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.3), layout="constrained")
+    figure.suptitle(in_short(results[0], setting), fontsize=9, color="dimgray")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     at = [result["protocol"][setting] for result in results]
     for axes, name in zip(panels, names, strict=False):
@@ -77,10 +80,25 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
         axes.plot(at, [one["value"] for one in found], marker="o")
         if all(one["interval"] for one in found):
             low, high = zip(*(one["interval"] for one in found), strict=True)
-            axes.fill_between(at, low, high, alpha=0.2)
-        axes.set_title(name.replace("_", " "), fontsize=10)
+            axes.fill_between(at, low, high, alpha=0.2, linewidth=0)
+        tidy(axes, f"{in_words(name)} ({'less' if less_is_better(name) else 'more'} is better)")
+        axes.set_xticks(at)
         axes.set_xlabel(setting)
-        axes.grid(alpha=0.3)
     for axes in panels[len(names) :]:
         axes.remove()
     return figure
+
+
+def in_short(result: dict[str, Any], setting: Setting) -> str:
+    """What all points of a plot have in common, in a line."""
+    how = result["protocol"]
+    kept = [f"{name} {how[name]}" for name in ("sampler", "steps", "guidance") if name != setting]
+    real = f"{how['reference']['pictures']:,} real ones of split {how['reference']['split']}"
+    about = f"{how['n']:,} pictures of {result['model']['name']} for each value, {', '.join(kept)}; against {real}"
+    return f"{about}; shaded: 95 % interval"
+
+
+def in_words(name: str) -> str:
+    """A figure's name as people write it."""
+    short = name.partition(" ")[0]
+    return name.replace(short, short.upper(), 1) if short in ("fid", "fd", "kid") else name.replace("_", " ")

@@ -14,6 +14,7 @@ from ldm.config import UserError
 from pipelines.cli import main as ldm
 from pipelines.compare import Row, compare
 from pipelines.protocol import commit, precision, versions
+from pipelines.sweeps import plot
 
 
 def test_compare_refuses_what_was_measured_otherwise(
@@ -89,6 +90,25 @@ def test_sweep_plots_the_figures_and_measures_anew_only_what_was_measured_otherw
     assert measured == files[1:] and "unet_sha256: " + "0" * 64 in said
     ldm([*words, "--guidance", "3"])
     assert measured == [files[1], *files] and "guidance: 4.0 and 3.0" in capsys.readouterr().out
+
+
+def test_figures_of_several_extractors_are_plotted_each_and_what_has_none_is_refused(
+    result: Path, tmp_path: Path
+) -> None:
+    files, content = [tmp_path / "a.json", tmp_path / "b.json"], json.loads(result.read_text())
+    figures = content["figures"]
+    content["figures"] = {"kid (a)": figures["kid"], "kid (b)": figures["kid"], "recall": figures["recall"]}
+    for file, steps in zip(files, (5, 20), strict=True):
+        content["protocol"]["steps"] = steps
+        file.write_text(json.dumps(content))
+    panels = plot(files, "steps").axes
+    wanted = ["KID (a) (less is better)", "KID (b) (less is better)", "recall (more is better)"]
+    assert [panel.get_title() for panel in panels] == wanted
+    assert all([*panel.get_xticks()] == [5, 20] for panel in panels)
+    content["figures"] = {"copies_pixels": figures["copies_pixels"]}
+    files[0].write_text(json.dumps(content))
+    with pytest.raises(UserError, match="none of the figures"):
+        plot(files[:1], "steps")
 
 
 def test_the_stamp_names_the_commit(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def test_a_trajectory_goes_from_noise_to_what_is_drawn(chain: Path, sampler: str
     settings = {"steps": 5, "sampler": sampler, "guidance": 2.0, "seed": 3}
     found = tiles(trajectory(model, PROMPTS, count=3, **settings))
     captions = [caption for caption, _ in found]
-    assert captions[:6] == captions[6:] and captions[3] == f"x_0 seen in {captions[0].removeprefix('x_t, ')}"
-    noise = [float(c.removeprefix("x_t, ").removesuffix("% noise")) for c in captions[:3]]
+    assert captions[:6] == captions[6:] and captions[3] == captions[0].replace("x_t", "x_0")
+    noise = [float(c.removeprefix("x_t at ").removesuffix("% noise")) for c in captions[:3]]
     assert noise == sorted(noise, reverse=True) and noise[0] > 90
     for row, picture in enumerate(model(PROMPTS, **settings)):
         last = np.asarray(found[6 * row + 5][1], dtype=float)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train_ldm
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from pipelines import LatentDiffusion, gate
@@ -22,7 +22,7 @@ from pipelines.memorisation import find_copies
 from pipelines.publish import Publication, emptied, publish
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
-from tests.support import ROOT, TOY, ran
+from tests.support import ROOT, ran
 
 pytest.importorskip("diffusers", reason="publishing opens the model in stock diffusers")
 
@@ -149,41 +149,6 @@ def test_a_dry_run_needs_no_hub_and_lists_what_would_go(chain: Path, tmp_path: P
     )
     theirs = other.unet.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in one.unet.state_dict().items())
-
-
-STOCK_CUSTOM = """
-import torch
-from diffusers import DiffusionPipeline
-model = DiffusionPipeline.from_pretrained({folder!r}, custom_pipeline={folder!r}, trust_remote_code=True)
-seeds = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-images = model({prompts}num_inference_steps=6, generator=seeds).images
-for i, image in enumerate(images):
-    image.save(f"{{i}}.png")
-"""
-
-
-@pytest.mark.parametrize("kind", ["class", "none"])
-def test_models_without_captions_open_in_stock_diffusers(
-    chain: Path, fruit: Path, tmp_path: Path, kind: str
-) -> None:
-    train_ldm.main(
-        f"--config {TOY}/ldm-plain.yaml --conditioning.kind {kind} --data.path {fruit} "
-        f"--autoencoder {chain}/vae --run.out {tmp_path}/run".split()
-    )
-    folder = tmp_path / "release"
-    publish(Publication(model=tmp_path / "run", **BASE | {"prompts": ()}, out=folder, half=False))
-    prompts = ["lime", "plum"] if kind == "class" else None
-    told = f"{prompts!r}, guidance_scale=3.0, " if prompts else ""
-    stranger(
-        STOCK_CUSTOM.format(folder=str(folder), prompts=told), {"HF_HOME": str(tmp_path / "home")}, tmp_path
-    )
-    ours = LatentDiffusion.from_pretrained(folder)(
-        prompts, n=1 if prompts else 2, steps=6, guidance=3.0, seed=3
-    )
-    for i, image in enumerate(ours):
-        image.save(tmp_path / "ours.png")
-        assert difference(tmp_path / "ours.png", tmp_path / f"{i}.png") <= gate.TOLERANCE
-    assert "trust_remote_code" in (folder / "README.md").read_text()
 
 
 def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path) -> None:
@@ -348,8 +313,6 @@ def test_planted_secrets_are_found_by_kind_and_never_repeated(release: Path, pla
 
 
 def test_files_beside_the_model_do_not_leave_the_machine(chain: Path, tmp_path: Path) -> None:
-    import shutil
-
     stock = tmp_path / "model"
     shutil.copytree(chain / "ldm" / "model", stock)
     strays = (

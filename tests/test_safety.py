@@ -134,19 +134,24 @@ def test_a_checker_that_can_not_judge_lets_nothing_through(stock) -> None:
         withheld(IMAGES, Silent())
 
 
+def with_thresholds(checker: Path, folder: Path, shift: float) -> Path:
+    """The same checker in another folder, its thresholds shifted, and nothing that asks for special care."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((checker / "config.json").read_bytes())
+    weights = load_file(checker / "model.safetensors")
+    weights["concept_embeds_weights"] += shift
+    weights["special_care_embeds_weights"] += 2
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
 def test_generate_withholds_what_is_flagged(
     stock, chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checker = ClipSafetyChecker.from_pretrained(stock[1])
     drawn = LatentDiffusion.from_pretrained(chain / "ldm")("a circle", n=6, steps=2)
     nearest = [max(verdict.scores.values()) for verdict in checker(drawn)]
-    (tmp_path / "strict").mkdir()
-    for file in stock[1].iterdir():
-        (tmp_path / "strict" / file.name).write_bytes(file.read_bytes())
-    weights = load_file(stock[1] / "model.safetensors")
-    weights["concept_embeds_weights"] += float(np.median(nearest))  # half of these pictures are too near
-    weights["special_care_embeds_weights"] += 2
-    save_file(weights, tmp_path / "strict" / "model.safetensors")
+    with_thresholds(stock[1], tmp_path / "strict", float(np.median(nearest)))  # half of these are too near
     flagged = [v.flagged for v in ClipSafetyChecker.from_pretrained(tmp_path / "strict")(drawn)]
     assert any(flagged) and not all(flagged)
     told = ["generate", str(chain / "ldm"), "a circle", "--n", "6", "--steps", "2"]
@@ -161,6 +166,31 @@ def test_generate_withholds_what_is_flagged(
     texts = [Image.open(tmp_path / "all" / f"{i:04d}.png").text for i in range(6)]
     assert [text["flagged"] for text in texts] == [str(bad) for bad in flagged]
     assert {text["checked_by"] for text in texts} == {"strict"}
+
+
+def test_tasks_withhold_what_is_flagged(
+    stock, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = with_thresholds(stock[1], tmp_path / "strict", -9.0)
+    IMAGES[0].save(tmp_path / "a.png")
+    told = [
+        "restore",
+        str(runs / "restore"),
+        str(tmp_path / "a.png"),
+        "--steps",
+        "1",
+        "--checker",
+        str(strict),
+    ]
+    ldm([*told, "--out", str(tmp_path / "out")])
+    assert f"strict flagged {tmp_path}/out/a.png; these are not written" in capsys.readouterr().out
+    assert not [*(tmp_path / "out").iterdir()]
+    ldm([*told, "--keep-flagged", "--reuse", "2", "--out", str(tmp_path / "all")])
+    text = Image.open(tmp_path / "all" / "a.png").text
+    assert (text["flagged"], text["checked_by"], text["made_by"]) == ("True", "strict", "ldm restore")
+    with pytest.raises(SystemExit) as ended:
+        ldm(["segment", *told[1:], "--out", str(tmp_path / "none")])
+    assert ended.value.code == 2 and "unrecognized arguments: --checker" in capsys.readouterr().err
 
 
 def test_pictures_say_that_a_model_made_them(tmp_path: Path) -> None:

@@ -7,18 +7,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from autoencoder import packed
-from autoencoder.winograd import Conv3x3, Winograd, pays
+from autoencoder import packed, winograd
+from autoencoder.winograd import FEW, ONCE, Conv3x3, Winograd, pays
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (9, 13), (4, 8), (1, 3)])
-def test_the_convolution_to_rounding(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("at_once", [1, 1000])
+def test_the_convolution_to_rounding(
+    size: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most four times as far from the exact result as PyTorch's own is; sides need be no multiples of a tile's."""
+    monkeypatch.setattr(winograd, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    x, weight = torch.randn(3, 128, *size), torch.randn(48, 128, 3, 3)
+    x, layer = torch.randn(3, 128, *size), nn.Conv2d(128, 48, 3, padding=1, bias=False)
+    weight = layer.weight
     exact = F.conv2d(x.double(), weight.double(), padding=1)
-    made = Winograd(weight)(x.contiguous(memory_format=torch.channels_last))
+    made = Winograd(layer)(x.contiguous(memory_format=torch.channels_last))
     assert made.is_contiguous(memory_format=torch.channels_last)
     error, usual = ((part - exact).norm() / exact.norm() for part in (made, F.conv2d(x, weight, padding=1)))
     assert error < max(4 * usual, 2e-6)
@@ -28,10 +33,10 @@ def test_the_convolution_to_rounding(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("channels", "side", "dtype", "chosen"),
     [
-        (128, 16, torch.float32, True),
-        (128, 8, torch.float32, False),  # too few tiles for weights four times as many
-        (32, 64, torch.float32, False),  # the way to points and back is as much as the products
-        (128, 16, torch.bfloat16, False),
+        (128, 24, torch.float32, True),
+        (128, 16, torch.float32, False),  # too few tiles for weights four times as many
+        (32, 40, torch.float32, False),  # the way to points and back is as much as the products
+        (128, 24, torch.bfloat16, False),
     ],
 )
 def test_where_it_is_chosen(channels: int, side: int, dtype: torch.dtype, chosen: bool) -> None:
@@ -40,9 +45,10 @@ def test_where_it_is_chosen(channels: int, side: int, dtype: torch.dtype, chosen
         pytest.skip("oneDNN's fused operators are missing here")
     torch.manual_seed(0)
     layer, x = nn.Conv2d(channels, channels, 3, padding=1), torch.randn(1, channels, side, side)
-    conv, map_ = Conv3x3(layer, dtype), x.to(dtype, memory_format=torch.channels_last)
+    conv, map_ = Conv3x3(layer, dtype, FEW), x.to(dtype, memory_format=torch.channels_last)
     rest = torch.randn_like(map_)
     wanted = layer(x) + rest
     made = conv.onto(map_, rest.clone()).float()
+    assert not pays(Conv3x3(layer, dtype, ONCE), map_)
     assert pays(conv, map_) == chosen == (conv._winograd is not None) == (not conv._for)
     assert (made - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 0.1) * wanted.abs().max()
