@@ -44,10 +44,13 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = self.num_channels < 16 * self.num_groups and x.dtype == torch.bfloat16
-        if few and x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x):
+        each = self.num_channels // self.num_groups
+        trains = x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x)
+        if each >= 16 or x.dtype != torch.bfloat16 or not trains:
+            return super().forward(x)
+        if each < 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -22,6 +22,10 @@ from autoencoder.packed import Conv
 
 TILE, SEEN = 4, 6
 POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
+FEW, ONCE = 32, 256
+"""Tiles from which it pays, see `Conv3x3`"""
+AT_ONCE = 128
+"""Tiles that are made at once, or a row of them"""
 
 
 def powers(count: int) -> Tensor:
@@ -42,14 +46,25 @@ class Winograd(Conv):
         self.padding = [0, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A fresh map."""
+        """A fresh map, some rows of tiles at a time, as they are more than twice as much; always as many, so that
+        weights are packed once."""
         samples, _, height, width = x.shape
         down, across = -(-height // TILE), -(-width // TILE)
-        points = self.into @ tiles(x, down, across)  # [T,36,C]
-        points = self.biased(points.flatten(1).t()[None, :, :, None], None)
-        points = points[0, :, :, 0].t().unflatten(1, (36, -1))  # [T,36,O]
-        y = (self.out @ points).view(samples, down, across, TILE, TILE, -1).transpose(2, 3)
-        y = y.reshape(samples, down * TILE, across * TILE, -1)[:, :height, :width]
+        more = 1 + across * TILE - width, 1 + down * TILE - height
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, more[0], 1, more[1]))
+        made = x.new_empty(samples, down, TILE, across, TILE, len(self.weight))
+        step = max(
+            n for n in range(1, down + 1) if down % n == 0 and (n == 1 or n * samples * across <= AT_ONCE)
+        )
+        for first in range(0, down, step):
+            rows = padded[:, TILE * first : TILE * (first + step) + SEEN - TILE]
+            points = self.into @ tiles(rows)  # [T,36,C]
+            points = self.biased(points.flatten(1).t()[None, :, :, None], None)
+            y = self.out @ points[0, :, :, 0].t().unflatten(1, (SEEN**2, -1))  # [T,16,O]
+            made[:, first : first + step] = y.view(samples, -1, across, TILE, TILE, y.shape[2]).transpose(
+                2, 3
+            )
+        y = made.flatten(3, 4).flatten(1, 2)[:, :height, :width]
         return y.contiguous().permute(0, 3, 1, 2)
 
     def _laid_out(self) -> Tensor:
@@ -63,23 +78,28 @@ def squared(matrix: Tensor) -> Tensor:
     return torch.kron(matrix, matrix).float()
 
 
-def tiles(x: Tensor, down: int, across: int) -> Tensor:
-    """Overlapping tiles [T,36,C] of a map, with zeros around it."""
-    samples, channels, height, width = x.shape
-    more = 1 + across * TILE - width, 1 + down * TILE - height
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, more[0], 1, more[1]))
+def tiles(padded: Tensor) -> Tensor:
+    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
+    samples, height, width, channels = padded.shape
     sample, row, pixel, channel = padded.stride()
     strides = (sample, TILE * row, TILE * pixel, row, pixel, channel)
-    seen = padded.as_strided((samples, down, across, SEEN, SEEN, channels), strides)
-    return seen.reshape(-1, SEEN * SEEN, channels)
+    seen = padded.as_strided(
+        (samples, height // TILE, width // TILE, SEEN, SEEN, channels), strides, padded.storage_offset()
+    )
+    return seen.reshape(-1, SEEN**2, channels)
 
 
 class Conv3x3(Conv):
-    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come."""
+    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come.
 
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
+    Args:
+        least: tiles from which that is Winograd's. FEW where the convolution is made in each step of a drawing; ONCE
+            where it is made once, so that weights must earn their way to the points at once.
+    """
+
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, least: int) -> None:
         super().__init__(layer, dtype)
-        self.layer = layer
+        self.layer, self.least = layer, least
         self._winograd: Winograd | None = None
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,12 +114,12 @@ class Conv3x3(Conv):
 
 
 def pays(conv: Conv3x3, x: Tensor) -> bool:
-    """Whether it is faster so, measured on one core, and makes up for the weights' way to the points within 20 steps.
+    """Whether Winograd's way is faster, as measured on one core.
 
     What goes to points and back must be little beside the products, and tiles enough for weights that are four times
     as many. In bfloat16 the product is twice as fast, the way to points is not, and results are too coarse.
     """
     samples, channels, height, width = x.shape
     wide = min(channels, len(conv.weight)) >= 96
-    enough = samples * -(-height // TILE) * -(-width // TILE) >= 32
+    enough = samples * -(-height // TILE) * -(-width // TILE) >= conv.least
     return wide and enough and conv.packed and conv.dtype == torch.float32

@@ -151,7 +151,7 @@ def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
 
 def told_one(
     options: argparse.Namespace, model: LatentDiffusion, needed: bool = True
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     """`told`, for the verbs with one prompt; UserError for a class beside it that the model has no place for."""
     from ldm.conditioning import ClassAndText
 

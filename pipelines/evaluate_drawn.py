@@ -84,7 +84,7 @@ def how_drawn(bench: Bench, training: Source | None) -> dict[str, Any]:
     }
     return bench.protocol(
         "drawn",
-        size_of(model),
+        model.size,
         told=f"{' and '.join(say) or 'nothing'} of the real pictures, evenly spaced",
         guidance=drawing.guidance,
         sampler=drawing.sampler or model.sampler,
@@ -96,25 +96,18 @@ def how_drawn(bench: Bench, training: Source | None) -> dict[str, Any]:
     )
 
 
-def size_of(model: LatentDiffusion) -> tuple[int, int]:
-    """Width and height of the pictures that a model draws."""
-    factor, (_, height, width) = model.autoencoder.config.factor, model.latent_shape(None)
-    return width * factor, height * factor
-
-
 def made(bench: Bench, say: dict[str, list[str]], training: Source | None, left_out: dict[str, str]) -> Drawn:
     """What needs all processes: drawing, features, figures of single pictures."""
     share, what, state, model = bench.share, bench.what, bench.state, drawer(bench)
-    size = size_of(model)
     pixels = draw(model, say, share, what.drawing)
     looks = [
-        (seen_of(pixels, one, share), features_of(bench.source, size, one, state, what.cache))
+        (seen_of(pixels, one, share), features_of(bench.source, model.size, one, state, what.cache))
         for one in bench.extractors
     ]
     captions = say["prompts"] if text_of(model.conditioner) else []
     learned = None
     if training and bench.extractors:
-        learned = features_of(training, size, bench.extractors[0], state, what.cache)
+        learned = features_of(training, model.size, bench.extractors[0], state, what.cache)
     rows = spread_out(min(LOOKED, bench.count), bench.count)
     return Drawn(
         looks=looks,
@@ -184,7 +177,7 @@ def memorised(bench: Bench, drawn: Drawn, training: Source, result: Result) -> N
     source, count = bench.source, len(drawn.rows)
     alike = bench.what.training_split == bench.split
     held = [] if alike else spread_out(min(LOOKED, len(source)), len(source))
-    real = [source.picture(i, drawn.images[0].size) for i in held]
+    real = [source.picture(i, drawer(bench).size) for i in held]
     near = {"pixels": nearest(thumbnails([*drawn.images, *real]), mirrored(training))}
     if drawn.learned:
         seen, known = drawn.looks[0]

@@ -34,6 +34,7 @@ SETTINGS = {
     "kid_subset_size": SUBSET,
     "inception_score_splits": SPLITS,
     "neighbours": NEIGHBOURS,
+    "bootstrap_times": TIMES,
 }
 """What of the above a stamp should say"""
 BOUNDS = {

@@ -99,27 +99,21 @@ def test_a_vision_model_of_transformers(tmp_path: Path, pixels: Tensor) -> None:
     assert "28x28" in found.resize
 
 
-@pytest.fixture
-def inception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file like the published one, with random weights."""
+def test_inception_is_torch_fidelitys(
+    tmp_path: Path, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch_fidelity", reason="the network is torch-fidelity's")
     from torch_fidelity import feature_extractor_inceptionv3 as theirs
 
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched:  # random weights, in a file like the published one
         patched.setattr(theirs, "load_state_dict_from_url", lambda *_, **__: {})
         patched.setattr(theirs.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         torch.manual_seed(0)
-        network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False)
+        wanted = ["2048", "logits_unbiased"]
+        network = theirs.FeatureExtractorInceptionV3("inception-v3-compat", wanted, verbose=False)
     torch.save(network.state_dict(), tmp_path / "inception.pth")
-    return tmp_path / "inception.pth"
-
-
-def test_inception_is_torch_fidelitys(inception: Path, pixels: Tensor) -> None:
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    seen = open_extractor(f"inception@{inception}", CPU)(pixels)
-    theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(inception))
-    features, logits = theirs(pixels)
+    seen = open_extractor(f"inception@{tmp_path / 'inception.pth'}", CPU)(pixels)
+    features, logits = network.eval()(pixels)
     assert torch.equal(seen.features, features) and torch.equal(seen.logits, logits)
 
 
