@@ -24,7 +24,7 @@ def stream(seed: int, purpose: str, position: int) -> np.random.Generator:
 
 def _philox(seed: int, purpose: str, position: int) -> np.random.Philox:
     key = ((seed & 0xFFFFFFFF) << 32) | zlib.crc32(purpose.encode())
-    return np.random.Philox(key=[key, position & MASK])
+    return np.random.Philox(key=np.array([key, position & MASK], dtype=np.uint64))  # a list may become floats
 
 
 def _streams(seed: int, purpose: str, positions: Tensor) -> Iterator[np.random.Generator]:
