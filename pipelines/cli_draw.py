@@ -23,7 +23,8 @@ MODEL = "a run folder, a stock diffusers folder, or a hub name"
 
 def add_draw(verbs: Any) -> None:
     """Add the verbs to the command's sub-parsers."""
-    draw = verbs.add_parser("generate", help="draw pictures from prompts")
+    help = "draw pictures from prompts"
+    draw = verbs.add_parser("generate", help=help, description=help)
     draw.add_argument("model", metavar="MODEL", help=MODEL)
     prompt_options(draw)
     sampling_options(draw)
@@ -39,7 +40,8 @@ def add_draw(verbs: Any) -> None:
     out_options(draw)
     draw.set_defaults(run=generate)
 
-    again = verbs.add_parser("recreate", help="draw a picture again from what is written inside its file")
+    help = "draw a picture again from what is written inside its file"
+    again = verbs.add_parser("recreate", help=help, description=help)
     again.add_argument("model", metavar="MODEL", help=MODEL)
     again.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE.png", help="that ldm generate made")
     again.add_argument("--other-model", action="store_true", help="allow another model than the picture's")
@@ -149,9 +151,7 @@ def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
     return {"prompts": prompts or None, "classes": classes or None}
 
 
-def told_one(
-    options: argparse.Namespace, model: LatentDiffusion, needed: bool = True
-) -> dict[str, Any]:
+def told_one(options: argparse.Namespace, model: LatentDiffusion, needed: bool = True) -> dict[str, Any]:
     """`told`, for the verbs with one prompt; UserError for a class beside it that the model has no place for."""
     from ldm.conditioning import ClassAndText
 
