@@ -186,7 +186,7 @@ def test_class_and_caption_are_dropped_together(encoders: dict[str, Path]) -> No
         assert not torch.allclose(said[1], nothing[1])
 
 
-@pytest.mark.parametrize("name", ["clip", "pair", "projection"])
+@pytest.mark.parametrize("name", ["clip", "pair", "projection alone"])
 def test_class_and_caption_are_saved_and_drawn_with(
     name: str, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
