@@ -44,8 +44,8 @@ def test_stronger_damage_is_further_from_the_picture(picture: Image.Image) -> No
     assert smaller(picture, 4).size == (24, 20)
 
 
-def test_on_another_grid_jpeg_does_as_much_damage_again(picture: Image.Image) -> None:
-    """Which is how its strength is measured when the sound picture is not at hand."""
+def test_jpeg_does_damage_again_on_another_grid_alone(picture: Image.Image) -> None:
+    """By which its strength is measured when the sound picture is not at hand."""
     noise = noisy(picture, 8, stream())
     once = compressed(noise, 15)
     first, same, shifted = (
@@ -53,7 +53,7 @@ def test_on_another_grid_jpeg_does_as_much_damage_again(picture: Image.Image) ->
         for a in (noise, compressed(once, 15), compressed(once, 15, shift=4))
     )
     assert compressed(once, 15, shift=4).size == once.size
-    assert same < 0.1 * first and 0.3 * first < shifted < 3 * first
+    assert same < 0.01 * shifted and 0.05 * first < shifted < first
 
 
 def test_damage_is_a_function_of_seed_and_position(picture: Image.Image) -> None:
