@@ -16,6 +16,7 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
 from autoencoder.model import Decoder, MidBlock, check_latents
 from autoencoder.packed import Conv, Linear, maps, rows
+from autoencoder.winograd import ONCE
 
 
 class Prepared:
@@ -77,7 +78,7 @@ def in_order(network: Decoder) -> Iterator[nn.Module]:
 def prepared(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The prepared twin of a layer."""
     if isinstance(layer, ResnetBlock):
-        return Residual(layer, dtype)
+        return Residual(layer, dtype, ONCE)
     if isinstance(layer, Attention):
         return Attending(layer, dtype)
     assert isinstance(layer, Upsample)

@@ -40,14 +40,18 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm that trains fast on a CPU.
 
     Where a group has few channels, PyTorch's backward pass over channels-last activations in bf16 takes up to 50 times
-    as long as over contiguous ones (8x16x64x64 in 8 groups, two cores: 5.3 against 0.2 ms). In float32 it does not.
+    as long as over contiguous ones (8x16x64x64 in 8 groups, two cores: 5.3 against 0.2 ms). In float32 it does not, so
+    that from 4 channels a group on it pays to go there and back (docs/log.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        few = self.num_channels < 16 * self.num_groups and x.dtype == torch.bfloat16
-        if few and x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x):
+        each = self.num_channels // self.num_groups
+        trains = x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x)
+        if each >= 16 or x.dtype != torch.bfloat16 or not trains:
+            return super().forward(x)
+        if each < 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
+        return super().forward(x.float()).to(x.dtype)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -1,15 +1,11 @@
-"""3x3 convolutions with a quarter of the multiplications (Winograd 1980; Lavin and Gray 2016), in float32 on a CPU.
+"""3x3 convolutions prepared for a CPU with a quarter of the multiplications, in float32 (Lavin and Gray 2016).
 
-Four neighbouring values y of a row, convolved with three weights g, depend on six values d:
+    y = A^T [(G g G^T) * (B^T d B)] A          * value by value: 36 products for 16 values instead of 144
 
-    y = A^T [(G g) * (B^T d)]          * value by value: 6 products instead of 12
+as `winograd_training` explains; here the weights g stay at the points, packed, and what is multiplied for all pairs of
+channels is one convolution of 36 groups.
 
-That is a product of polynomials, taken at six points, one of them infinity, where it is one of values, and transposed.
-For rows and columns at once each matrix is used on both sides: a tile of 4x4 values costs 36 products for each pair of
-channels instead of 144. G g G^T is made once. The points decide how large rounding errors become (Barabasz et
-al. 2020): with these, 1.7 times those of a direct convolution; with the paper's 0, 1, -1, 2, -2, four times.
-
-Shapes: B batch, C and O channels in and out, H x W pixels, T tiles of a batch, each made of SEEN x SEEN values.
+Shapes: B batch, C and O channels in and out, H x W pixels, T tiles of a batch, of 16 pixels made of 36.
 """
 
 from __future__ import annotations
@@ -19,15 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv
+from autoencoder.winograd_training import SEEN, TILE, maps
 
-TILE, SEEN = 4, 6
-POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
-
-
-def powers(count: int) -> Tensor:
-    """[SEEN,count] float64: 1, p, p^2 and so on of each point p; of infinity only the last counts."""
-    finite = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(count)
-    return torch.cat([finite, torch.eye(count, dtype=torch.float64)[-1:]])
+FEW, ONCE = 32, 256
+"""Tiles from which it pays, see `Conv3x3`"""
+AT_ONCE = 128
+"""Tiles that are made at once, or a row of them"""
 
 
 class Winograd(Conv):
@@ -37,49 +30,55 @@ class Winograd(Conv):
     """
 
     def __init__(self, layer: nn.Conv2d, packed: bool | None = None) -> None:
-        self.into, self.out = squared(torch.linalg.inv(powers(SEEN)).T), squared(powers(TILE).T)  # B^T, A^T
         super().__init__(layer, torch.float32, packed, groups=36)
         self.padding = [0, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A fresh map."""
+        """A fresh map, some rows of tiles at a time, as they are more than twice as much; always as many, so that
+        weights are packed once."""
         samples, _, height, width = x.shape
         down, across = -(-height // TILE), -(-width // TILE)
-        points = self.into @ tiles(x, down, across)  # [T,36,C]
-        points = self.biased(points.flatten(1).t()[None, :, :, None], None)
-        points = points[0, :, :, 0].t().unflatten(1, (36, -1))  # [T,36,O]
-        y = (self.out @ points).view(samples, down, across, TILE, TILE, -1).transpose(2, 3)
-        y = y.reshape(samples, down * TILE, across * TILE, -1)[:, :height, :width]
+        more = 1 + across * TILE - width, 1 + down * TILE - height
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, more[0], 1, more[1]))
+        made = x.new_empty(samples, down, TILE, across, TILE, len(self.weight))
+        steps = (n for n in range(1, down + 1) if down % n == 0 and n * samples * across <= AT_ONCE)
+        step = max(steps, default=1)
+        for first in range(0, down, step):
+            rows = padded[:, TILE * first : TILE * (first + step) + SEEN - TILE]
+            points = maps().seen @ tiles(rows)  # [T,36,C]
+            points = self.biased(points.flatten(1).t()[None, :, :, None], None)
+            y = maps().made @ points[0, :, :, 0].t().unflatten(1, (SEEN**2, -1))  # [T,16,O]
+            y = y.view(samples, step, across, TILE, TILE, -1)
+            made[:, first : first + step] = y.transpose(2, 3)
+        y = made.flatten(3, 4).flatten(1, 2)[:, :height, :width]
         return y.contiguous().permute(0, 3, 1, 2)
 
     def _laid_out(self) -> Tensor:
         made, seen = self.weight.shape[:2]
         once = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
-        return (squared(powers(3)) @ once).view(36 * made, seen, 1, 1)  # G
+        return (maps().weight @ once).view(36 * made, seen, 1, 1)
 
 
-def squared(matrix: Tensor) -> Tensor:
-    """For rows and columns at once, as both are numbered together."""
-    return torch.kron(matrix, matrix).float()
-
-
-def tiles(x: Tensor, down: int, across: int) -> Tensor:
-    """Overlapping tiles [T,36,C] of a map, with zeros around it."""
-    samples, channels, height, width = x.shape
-    more = 1 + across * TILE - width, 1 + down * TILE - height
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, more[0], 1, more[1]))
+def tiles(padded: Tensor) -> Tensor:
+    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
+    samples, height, width, channels = padded.shape
     sample, row, pixel, channel = padded.stride()
-    strides = (sample, TILE * row, TILE * pixel, row, pixel, channel)
-    seen = padded.as_strided((samples, down, across, SEEN, SEEN, channels), strides)
-    return seen.reshape(-1, SEEN * SEEN, channels)
+    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
+    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
+    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
 
 
 class Conv3x3(Conv):
-    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come."""
+    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come.
 
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
+    Args:
+        least: tiles from which that is Winograd's. FEW where the convolution is made in each step of a drawing; ONCE
+            where it is made once, so that weights must earn their way to the points at once.
+    """
+
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, least: int) -> None:
         super().__init__(layer, dtype)
-        self.layer = layer
+        self.layer, self.least = layer, least
         self._winograd: Winograd | None = None
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,12 +93,12 @@ class Conv3x3(Conv):
 
 
 def pays(conv: Conv3x3, x: Tensor) -> bool:
-    """Whether it is faster so, measured on one core, and makes up for the weights' way to the points within 20 steps.
+    """Whether Winograd's way is faster, as measured on one core.
 
     What goes to points and back must be little beside the products, and tiles enough for weights that are four times
     as many. In bfloat16 the product is twice as fast, the way to points is not, and results are too coarse.
     """
     samples, channels, height, width = x.shape
     wide = min(channels, len(conv.weight)) >= 96
-    enough = samples * -(-height // TILE) * -(-width // TILE) >= 32
+    enough = samples * -(-height // TILE) * -(-width // TILE) >= conv.least
     return wide and enough and conv.packed and conv.dtype == torch.float32

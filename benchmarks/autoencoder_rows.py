@@ -15,6 +15,7 @@ from benchmarks.models import Shape, autoencoders, hurried, normal
 from benchmarks.timing import Case
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
 from ldm.device import DTYPES, Precision, to_decode
+from ldm.memory import keep_freed
 
 
 def passes(size: Shape) -> Iterator[Case]:
@@ -66,7 +67,8 @@ def stock_decode(model: Any, latents: Tensor) -> Tensor:
 
 
 def training(size: Shape) -> Iterator[Case]:
-    """Forward, L2 + KL, backward, AdamW, on pixels at hand."""
+    """Forward, L2 + KL, backward, AdamW, on pixels at hand; memory as for the U-Net."""
+    keep_freed()
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
     for precision, dtype in DTYPES.items():
         ours, peer = autoencoders(size)

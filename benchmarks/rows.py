@@ -29,8 +29,8 @@ ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
     unet_rows.forward,
     unet_rows.sampling,
     unet_rows.hasty,
-    unet_rows.training,
     autoencoder_rows.passes,
+    unet_rows.training,  # from here on freed memory is kept, for both sides
     autoencoder_rows.training,
     loop_rows.loops,
     loop_rows.stock_loops,

@@ -18,6 +18,7 @@ from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_draw
 from ldm.guidance import Guidance, guided
+from ldm.memory import keep_freed
 from ldm.paths import VP
 from ldm.prediction import make_prediction
 from ldm.samplers import SAMPLERS
@@ -140,7 +141,9 @@ def stock_loop(unet: Any, sampler: str, steps: int, cond: Cond, null: Cond, nois
 
 
 def training(size: Shape) -> Iterator[Case]:
-    """Forward, loss, backward, AdamW of the U-Net alone, on latents and text states at hand."""
+    """Forward, loss, backward, AdamW of the U-Net alone, on latents and text states at hand. On a CPU both sides keep
+    what memory they free, as our runs do."""
+    keep_freed()
     side, batch = size.latents[0], 16
     x, target, cond = normal(batch, 4, side, side), normal(batch, 4, side, side, seed=3), told(size, batch)
     t = torch.linspace(1, 999, batch, device=device())

@@ -68,7 +68,9 @@ class LatentCache:
             batch[name] = torch.stack(
                 [
                     self.latents[shard][name][row, w]
-                    for (shard, row), w in zip(self.places[indices].tolist(), way.tolist(), strict=True)
+                    for (shard, row), w in zip(
+                        self.places[indices.numpy()].tolist(), way.tolist(), strict=True
+                    )
                 ]
             )
         if self.which is not None:

@@ -31,13 +31,14 @@ def noisy(picture: Image.Image, std: float, rng: np.random.Generator) -> Image.I
     return Image.fromarray(spoiled.round().clip(0, 255).astype(np.uint8))
 
 
-def compressed(picture: Image.Image, quality: int) -> Image.Image:
-    """Through a JPEG file of `quality`, 1 to 95."""
+def compressed(picture: Image.Image, quality: int, shift: int = 0) -> Image.Image:
+    """Through a JPEG file of `quality`, 1 to 95, whose blocks begin `shift` pixels outside of the picture."""
+    wide = np.pad(np.asarray(picture), ((shift, 0), (shift, 0), (0, 0)), mode="edge")
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    Image.fromarray(wide).save(file, "JPEG", quality=quality)
     file.seek(0)
     with Image.open(file, formats=("JPEG",)) as read:
-        return read.convert("RGB")
+        return read.convert("RGB").crop((shift, shift, *read.size))
 
 
 def noise_level(picture: Image.Image) -> float:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from autoencoder.fast_blocks import Doubling, Norm, Residual
 from autoencoder.packed import Conv, Linear, maps, rows
-from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock
+from autoencoder.winograd import FEW
+from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock, attend
 from ldm.checks import require_int
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
@@ -145,7 +146,7 @@ class Level:
     """
 
     def __init__(self, block: Block, dtype: torch.dtype, reads: bool) -> None:
-        self.resnets = [Residual(resnet, dtype) for resnet in block.resnets]  # type: ignore[arg-type]
+        self.resnets = [Residual(resnet, dtype, FEW) for resnet in block.resnets]  # type: ignore[arg-type]
         self.attentions = [Pixels(layer, dtype, reads) for layer in block.attentions]  # type: ignore[arg-type]
         self.downsamplers = [Conv(layer.conv, dtype) for layer in getattr(block, "downsamplers", ())]
         above = [layer.conv for layer in getattr(block, "upsamplers", ())]
@@ -230,7 +231,7 @@ class ToPixels:
 
     def __call__(self, x: Tensor, rest: Tensor, told: Told) -> Tensor:
         q, k, v = (split(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        return self.out.onto(joined(F.scaled_dot_product_attention(q, k, v)), rest)
+        return self.out.onto(joined(attend(q, k, v, None)), rest)
 
 
 class ToPrompt:
@@ -242,7 +243,7 @@ class ToPrompt:
 
     def __call__(self, x: Tensor, rest: Tensor, told: Told) -> Tensor:
         q = widened(split(self.to_q(x), self.heads), told.samples)
-        seen = F.scaled_dot_product_attention(q, *told.words[self.layer], attn_mask=told.bias)
+        seen = attend(q, *told.words[self.layer], told.bias)
         return self.out.onto(joined(seen), widened(rest, told.samples))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 CLEAR = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -61,10 +61,10 @@ def keep_freed() -> None:
     """Have the C library keep what is freed for what is needed next, where it is glibc.
 
     Each step of training takes and frees the same. Given back to the system in between, large tensors come anew with
-    tens of thousands of page faults a step, which is 6 to 11 % of a step on a CPU (docs/log.md).
+    tens of thousands of page faults a step, up to 11 % of a step on a CPU (docs/log.md).
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -154,7 +154,7 @@ No figures were measured.
 Published by `ldm publish`. Before, stock diffusers {{ diffusers }} drew {{ request.count }} pictures from these files
 in a process without the training code; they differ from the trainer's by at most {{ difference }} of 255.
 `manifest.json` has the SHA-256 of every file. The latents are those of the autoencoder with the weight hash
-`{{ autoencoder }}`. Pictures in `samples/` carry notes that say that a model made them.
+`{{ autoencoder }}`. Pictures in `samples/` that the model made say so in notes of their own.
 """
 
 

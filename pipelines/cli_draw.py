@@ -23,7 +23,8 @@ MODEL = "a run folder, a stock diffusers folder, or a hub name"
 
 def add_draw(verbs: Any) -> None:
     """Add the verbs to the command's sub-parsers."""
-    draw = verbs.add_parser("generate", help="draw pictures from prompts")
+    help = "draw pictures from prompts"
+    draw = verbs.add_parser("generate", help=help, description=help)
     draw.add_argument("model", metavar="MODEL", help=MODEL)
     prompt_options(draw)
     sampling_options(draw)
@@ -39,7 +40,8 @@ def add_draw(verbs: Any) -> None:
     out_options(draw)
     draw.set_defaults(run=generate)
 
-    again = verbs.add_parser("recreate", help="draw a picture again from what is written inside its file")
+    help = "draw a picture again from what is written inside its file"
+    again = verbs.add_parser("recreate", help=help, description=help)
     again.add_argument("model", metavar="MODEL", help=MODEL)
     again.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE.png", help="that ldm generate made")
     again.add_argument("--other-model", action="store_true", help="allow another model than the picture's")
@@ -145,21 +147,32 @@ def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
     prompts, classes = prompts_of(options), options.classes
     if not isinstance(model.conditioner, ClassAndText):
         prompts, classes = prompts + classes, []
+    require_words(prompts, model)
     return {"prompts": prompts or None, "classes": classes or None}
 
 
-def told_one(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
+def told_one(options: argparse.Namespace, model: LatentDiffusion, needed: bool = True) -> dict[str, Any]:
     """`told`, for the verbs with one prompt; UserError for a class beside it that the model has no place for."""
     from ldm.conditioning import ClassAndText
 
     prompt, name = options.prompt, options.class_name
-    if isinstance(model.conditioner, ClassAndText) or name is None:
-        return {"prompt": prompt, "classes": name}
-    if prompt is not None:
-        raise UserError(
-            f"--class is {name!r} and the prompt {prompt!r}, but this model is told one of the two; leave one out."
-        )
-    return {"prompt": name, "classes": None}
+    if name is not None and not isinstance(model.conditioner, ClassAndText):
+        if prompt is not None:
+            raise UserError(
+                f"--class is {name!r} and the prompt {prompt!r}, but this model is told one of the two; leave one out."
+            )
+        prompt, name = name, None
+    if needed or name is not None:
+        require_words([] if prompt is None else [prompt], model)
+    return {"prompt": prompt, "classes": name}
+
+
+def require_words(prompts: Sequence[str], model: LatentDiffusion) -> None:
+    """UserError if a model that is told something is told nothing."""
+    from ldm.conditioning import Unconditional
+
+    if not prompts and not isinstance(model.conditioner, Unconditional):
+        raise UserError(f'There is no prompt, but this model needs {model.needs}; "" is none in particular.')
 
 
 def class_option(reader: argparse.ArgumentParser) -> None:

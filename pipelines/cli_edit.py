@@ -11,6 +11,7 @@ from PIL import Image
 from ldm.config import UserError
 from pipelines.cli_draw import (
     MODEL,
+    captions,
     class_option,
     guidance,
     prompt_options,
@@ -63,14 +64,12 @@ def add_edit(verbs: Any) -> None:
     )
     back.add_argument("--iterations", type=int, default=5, help="for each step, from 1 (default 5)")
 
-    between = verbs.add_parser(
-        "interpolate", help="pictures on the way between two pictures, seeds or prompts"
-    )
+    help = "pictures on the way between two pictures, seeds or prompts"
+    between = verbs.add_parser("interpolate", help=help, description=help)
     between.add_argument("model", metavar="MODEL", help=MODEL)
-    between.add_argument("first", metavar="PICTURE|SEED")
-    between.add_argument(
-        "second", metavar="PICTURE|SEED", help="the same seed, if only the prompt is to change"
-    )
+    between.add_argument("first", metavar="PICTURE|SEED", help="where the way begins")
+    help = "where it ends; the same seed again, if only the prompt is to change"
+    between.add_argument("second", metavar="PICTURE|SEED", help=help)
     inversion_options(between)
     between.add_argument("--size", type=size, metavar="WxH", help="scale and crop the pictures to this first")
     between.add_argument("--to", metavar="PROMPT", help="of the last picture, if it is another")
@@ -81,9 +80,9 @@ def add_edit(verbs: Any) -> None:
 
 def verb(verbs: Any, name: str, help: str, run: Any) -> argparse.ArgumentParser:
     """A sub-parser with what every verb that starts from one picture is told."""
-    reader: argparse.ArgumentParser = verbs.add_parser(name, help=help)
+    reader: argparse.ArgumentParser = verbs.add_parser(name, help=help, description=help)
     reader.add_argument("model", metavar="MODEL", help=MODEL)
-    reader.add_argument("picture", type=Path, metavar="PICTURE")
+    reader.add_argument("picture", type=Path, metavar="PICTURE", help="the file to begin with")
     fit = "scale and crop the picture to this first; a model draws best at the size of training"
     reader.add_argument("--size", type=size, metavar="WxH", help=fit)
     out_options(reader)
@@ -109,7 +108,7 @@ def run_edit(options: argparse.Namespace) -> None:
     asked = told(options, model)
     images = image_to_image(model, picture, **asked, strength=options.strength, **sampled(options))
     notes = drawn_notes(options, model, asked, len(images), strength=options.strength)
-    keep(images, options, notes, checker)
+    keep(images, options, notes, checker, captions(notes))
 
 
 def run_inpaint(options: argparse.Namespace) -> None:
@@ -127,7 +126,8 @@ def run_inpaint(options: argparse.Namespace) -> None:
         images = inpaint(model, picture, mask, **asked, **how, **sampled(options))
     else:
         images = outpaint(model, picture, options.canvas, **asked, **how, **sampled(options))
-    keep(images, options, drawn_notes(options, model, asked, len(images), **how), checker)
+    notes = drawn_notes(options, model, asked, len(images), **how)
+    keep(images, options, notes, checker, captions(notes))
 
 
 def run_vary(options: argparse.Namespace) -> None:

@@ -19,7 +19,8 @@ from pipelines.cli_out import keep_one, opened, out_options, require_room, spare
 
 def add_tasks(verbs: Any) -> None:
     """Add the verbs to the command's sub-parsers."""
-    large = verbs.add_parser("upscale", help="pictures several times as large (super-resolution)")
+    help = "pictures several times as large (super-resolution)"
+    large = verbs.add_parser("upscale", help=help, description=help)
     task_options(large, run_upscale, samples=1, steps=30)
     noise = (
         "noise to hide flaws of the small picture in, from 0 to what the model was trained with (default 0)"
@@ -28,17 +29,20 @@ def add_tasks(verbs: Any) -> None:
     tile = "make pictures larger than N pixels in tiles of N, for less memory"
     large.add_argument("--tile", type=int, metavar="N", help=tile)
 
-    sound = verbs.add_parser("restore", help="pictures without noise, blur and JPEG artefacts")
+    help = "pictures without noise, blur and JPEG artefacts"
+    sound = verbs.add_parser("restore", help=help, description=help)
     task_options(sound, run_restore, samples=1, steps=30)
-    noise = "of a model not trained to restore: the noise in the pictures, of 255; by default estimated"
+    noise = "for a model trained to draw: the noise in the pictures, of 255; by default estimated"
     sound.add_argument("--noise", type=float, metavar="X", help=noise)
+    jpeg = "for a model trained to draw: they are JPEGs of this quality, 1 to 95"
+    sound.add_argument("--jpeg", type=int, metavar="QUALITY", help=jpeg)
 
-    parts = verbs.add_parser("segment", help="what each pixel shows: masks, confidence and boxes")
+    help = "what each pixel shows: masks, confidence and boxes"
+    parts = verbs.add_parser("segment", help=help, description=help)
     task_options(parts, run_segment, samples=8, steps=20, pictures=False)
 
-    judge = verbs.add_parser(
-        "recover", help="spoil pictures of a set, let a model make them good, and measure"
-    )
+    help = "spoil pictures of a set, let a model make them good, and measure"
+    judge = verbs.add_parser("recover", help=help, description=help)
     judge.add_argument("model", metavar="MODEL", help=MODEL)
     judge.add_argument("--data", metavar="P", help="the pictures; by default those the run was trained on")
     judge.add_argument("--split", default="test", help="of the pictures (default test)")
@@ -65,7 +69,8 @@ def task_options(
 ) -> None:
     """What all of them are told; `pictures`: it makes some to look at, not masks."""
     reader.add_argument("model", metavar="MODEL", help=MODEL)
-    reader.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path)
+    help = "files; what is made of each keeps its name"
+    reader.add_argument("pictures", metavar="PICTURE", nargs="+", type=Path, help=help)
     reader.add_argument(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
@@ -126,18 +131,16 @@ def run_restore(options: argparse.Namespace) -> None:
     from pipelines.tasks import restore
 
     model, checker = opened(options)
-    words = told_one(options, model)
+    words = told_one(options, model, needed=model.task is not None)
     for picture, stem in each(options):
         require_room(options, picture.size)
-        noise = options.noise
-        if model.task is None and noise is None:
-            noise = round(noise_level(upright(picture)), 1)
-            say = (
-                f"{stem.name}: noise of about {noise} of 255; a model that draws removes Gaussian noise alone"
-            )
+        damage = {"noise": options.noise, "jpeg": options.jpeg}
+        if model.task is None and damage == {"noise": None, "jpeg": None}:
+            damage["noise"] = round(noise_level(upright(picture)), 1)
+            say = f"{stem.name}: noise of about {damage['noise']} of 255, estimated; --noise or --jpeg says otherwise"
             tqdm.write(say)
-        made = restore(model, picture, **words, noise=noise, **settings(options))
-        keep_one(made, stem, note(options, noise=noise), options, checker)
+        made = restore(model, picture, **words, **damage, **settings(options))
+        keep_one(made, stem, note(options, **damage), options, checker)
     print(f"made of {len(options.pictures)} pictures, in {options.out}")
 
 

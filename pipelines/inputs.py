@@ -35,7 +35,14 @@ def upright(picture: Image.Image) -> Image.Image:
 
 def to_pixels(model: LatentDiffusion, picture: Image.Image) -> Tensor:
     """[1,3,H,W] in [-1, 1] on the model's device; ValueError for a side that its factor does not divide."""
-    picture = upright(picture)
+    picture, factor = upright(picture), model.autoencoder.config.factor
+    near = [max(factor, round(side / factor) * factor) for side in picture.size]
+    if near != [*picture.size]:
+        raise ValueError(
+            "the picture is {}x{}, but sides must be multiples of {}; scale and crop it to {}x{} (--size does)".format(
+                *picture.size, factor, *near
+            )
+        )
     model.latent_shape(picture.size)
     return to_tensor(picture)[None].to(model.device)
 

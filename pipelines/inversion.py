@@ -174,7 +174,7 @@ def interpolate(
     one, other = ends
     if one.shape != other.shape:
         raise ValueError(
-            f"first and second have latents of {[*one.shape]} and {[*other.shape]}; make them one size"
+            f"first and second have latents of {[*one.shape]} and {[*other.shape]}; make them one size (--size does)"
         )
     shares = torch.linspace(0, 1, count).tolist()
     between = torch.cat([slerp(one, other, share) for share in shares])

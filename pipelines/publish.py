@@ -31,7 +31,7 @@ from pipelines.licenses import license_text
 from pipelines.memorisation import Copies, find_copies
 from pipelines.publication import FinishedRun, Publication
 from pipelines.release import ALLOWED, listed, search_secrets, write_release
-from pipelines.safety import ClipSafetyChecker, SafetyChecker
+from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
 from pipelines.samples import Request, request_for, save_samples
 from pipelines.sheets import contact_sheet, side_by_side
 from pipelines.upload import MANIFEST, HubSession, token_of_person, upload
@@ -58,7 +58,7 @@ def publish(what: Publication) -> str:
         print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
         scan, images = scan_half(model, partial(request.drawn_by, progress=True))
         if what.out:
-            sheet_of(images, request).save(f"{what.out}-samples.png")
+            sheet_of(images, request).save(f"{what.out}-samples.png", pnginfo=provenance())
         if what.half and not scan.safe:
             raise UserError(
                 f"{scan.where} reaches {scan.largest:.3g}, more than float16 can hold (65504), so nothing was "
@@ -81,8 +81,7 @@ def publish(what: Publication) -> str:
             copies=no_copies(images, model.task, source, what),
             half=what.half,
         )
-        seen = [*images, *(one.picture for one in request.given)]
-        safety, no_samples = verdict(seen, what, checker)
+        safety, no_samples = verdict([*images, *(one.picture for one in request.given)], what, checker)
         samples = [] if no_samples else save_samples(images, request, release, what)
         facts = Facts(
             name=what.name,
@@ -94,8 +93,7 @@ def publish(what: Publication) -> str:
             samples=samples,
             no_samples=no_samples,
             safety=safety,
-            data_facts=[f"{len(source):,} pictures: {source.kind}"] if source else [],
-            **facts_of(run, model),
+            **facts_of(run, model, source),
         )
         (release / "README.md").write_text(model_card(facts), encoding="utf-8")
         (release / "LICENSE").write_text(terms, encoding="utf-8")
@@ -117,14 +115,15 @@ def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
     return license_text(what.license, what.license_file, what.name.split("/")[0]), checker
 
 
-def facts_of(run: FinishedRun, model: LatentDiffusion) -> dict[str, Any]:
-    """What the card says of the run and its model."""
+def facts_of(run: FinishedRun, model: LatentDiffusion, source: Source | None) -> dict[str, Any]:
+    """What the card says of the run, its model and its data."""
     identity = weight_hash(model.autoencoder.state_dict())
     first = yaml.safe_load((run.stage1 / "config.yaml").read_text(encoding="utf-8")) if run.stage1 else None
     return {
         "words": words_of(model),
         "task": model.task,
         "recipe": run.recipe,
+        "data_facts": [f"{len(source):,} pictures: {source.kind}"] if source else [],
         "first_recipe": first,
         "trained": run.trained(),
         "parts": parts_of(model),
@@ -206,7 +205,7 @@ def no_copies(
     if copies.count and not what.accept_copies:
         sheet = Path(f"{what.name.split('/')[1]}-copies.png")
         real = [source.picture(i, images[0].width) for i in copies.nearest]
-        side_by_side(images, real).save(sheet)
+        side_by_side(images, real).save(sheet, pnginfo=provenance())
         raise UserError(
             f"{copies.count} of {copies.total} drawn pictures are copies of training pictures (see {sheet}: below each "
             "its nearest one), so nothing was published; train on more pictures or for fewer steps, or give "

@@ -78,8 +78,14 @@ class Trial:
             trained = replace(trained, whole=0.0)  # with nothing known there is nothing to compare
         if all(strength is None for strength in chosen.values()):
             if trained is None:
-                raise UserError(f"{self.model} was trained to draw; give --noise, which it can remove.")
+                raise UserError(
+                    f"{self.model} was trained to draw; give --noise or --jpeg, which it can remove."
+                )
             return replace(trained, share=1.0) if isinstance(trained, Restore) else trained
+        if trained is None and self.blur is not None:
+            raise UserError(
+                f"{self.model} was trained to draw, by which no blur is undone; leave out --blur."
+            )
         if trained is not None and not isinstance(trained, Restore):
             raise UserError(
                 f"{self.model} was trained to {trained.kind} pictures; leave out the damage to others."
@@ -99,7 +105,7 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     source = sound(open_source(config, trial.split))
     wanted: Any = Masks(source, task) if isinstance(task, Segment) else source
     examples = Examples.of(model, task, source, wanted, range(min(trial.n, len(source))), trial.seed)
-    drawn = torch.stack([drawn_once(trial, model, examples, i) for i in range(trial.samples)])
+    drawn = drawn_of(trial, model, examples)
     if isinstance(task, Segment):
         figures, shown = segmented(task, drawn, wanted)
     else:
@@ -112,14 +118,16 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     return figures
 
 
-def drawn_once(trial: Trial, model: LatentDiffusion, examples: Examples, i: int) -> Tensor:
-    """What the model makes of the examples, [N,3,H,W], the i-th time."""
-    count = len(examples.wanted)
+def drawn_of(trial: Trial, model: LatentDiffusion, examples: Examples) -> Tensor:
+    """What the model makes of the examples, [samples,N,3,H,W]; of a model that draws, the mean of its samples."""
+    settings: dict[str, Any] = {"steps": trial.steps, "guidance": trial.guidance}
     if model.task:
-        return examples.made(model, trial.seed + i * count, steps=trial.steps, guidance=trial.guidance)
-    given, seed = to_images(examples.given["picture"]), trial.seed + i
-    made = [restore(model, one, noise=trial.noise, steps=trial.steps, seed=seed) for one in given]
-    return torch.stack([to_tensor(one) for one in made])
+        seeds = [trial.seed + i * len(examples.wanted) for i in range(trial.samples)]
+        return torch.stack([examples.made(model, seed, **settings) for seed in seeds])
+    damage: dict[str, Any] = {"noise": trial.noise, "jpeg": trial.jpeg and round(trial.jpeg)}
+    settings |= {"samples": trial.samples, "seed": trial.seed}
+    pictures = to_images(examples.given["picture"])
+    return torch.stack([to_tensor(restore(model, one, **damage, **settings)) for one in pictures])[None]
 
 
 def compared(examples: Examples, made: Tensor, model: LatentDiffusion) -> dict[str, Any]:

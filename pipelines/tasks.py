@@ -23,7 +23,7 @@ from torchvision.utils import draw_bounding_boxes
 from autoencoder.tiling import require_tile, windows
 from ldm import random
 from ldm.checks import require_int
-from ldm.degradations import noise_level
+from ldm.degradations import compressed, noise_level
 from ldm.guidance import Guidance, guided
 from ldm.masks import named, palette
 from ldm.paths import Grid, Level, Spacing
@@ -196,47 +196,67 @@ def restore(
     *,
     classes: str | None = None,
     noise: float | None = None,
+    jpeg: int | None = None,
     samples: int = 1,
     seed: int = 0,
     **how: Unpack[Sampling],
 ) -> Image.Image:
-    """The picture without its damage: any that the model was trained to undo, or by any other model Gaussian noise.
+    """The picture without its damage: any that the model was trained to undo.
+
+    A model that was trained to draw takes away what is like noise to it: Gaussian noise and JPEG artefacts, not blur.
 
     Args:
         prompt, classes: words for the picture, if the model is told any; one that draws does without as well.
-        noise: for a model that was not trained to restore, the noise in the picture: standard deviation, of 255. By
-            default it is estimated.
+        noise, jpeg: for a model that draws, the damage: standard deviation, of 255, and quality, 1 to 95. Without
+            either, it is noise, and estimated.
         samples: drawn and averaged: more are nearer to the truth, and softer.
 
     Raises:
         ValueError: the model was trained for something else, or an argument is out of range or without effect.
     """
-    whole = upright(picture)
+    require_int("samples", samples, 1, 2**31)
+    whole, seeds = upright(picture), seeds_of(seed, samples)
+    told = prompt is not None or classes is not None
     if model.task is None:
-        unused = [
-            name for name, usual in (("guidance", 1), ("negative", "")) if how.get(name, usual) != usual
-        ]
-        if prompt is None and unused:
-            said = how[unused[0]]  # type: ignore[literal-required]
-            raise ValueError(f"{unused[0]} is {said!r}, but there is no prompt to be guided by; give one")
-        require_int("samples", samples, 1, 2**31)
-        told = model.read(prompt, samples, classes) if prompt is not None or classes is not None else None
-        made_of = denoised(model, whole, told, noise, seeds_of(seed, samples), **how)
-        return averaged(made_of, whole.width, whole.height)
-    require_task(model, Restore)
-    if noise is not None:
-        raise ValueError(f"noise is {noise}, but this model sees for itself; leave it out")
-    read = model.read(prompt, samples, classes)
-    one = {"picture": padded(to_tensor(whole), model.autoencoder.config.factor)}
-    pixels = made(model, times(one, samples), read, seeds_of(seed, samples), **how)
+        read = model.read(prompt, samples, classes) if told else None
+        level = damage_level(model, whole, noise, jpeg, seed)
+        pixels = denoised(model, whole, level, read, seeds, **how)
+    else:
+        require_task(model, Restore)
+        if noise is not None or jpeg is not None:
+            raise ValueError("noise or jpeg is given, but this model sees for itself; leave it out")
+        one = {"picture": padded(to_tensor(whole), model.autoencoder.config.factor)}
+        pixels = made(model, times(one, samples), model.read(prompt, samples, classes), seeds, **how)
     return averaged(pixels, whole.width, whole.height)
+
+
+def damage_level(
+    model: LatentDiffusion, picture: Image.Image, noise: float | None, jpeg: int | None, seed: int
+) -> float:
+    """How far the damage of a picture moves its latents: as far as the same damage again does, on another JPEG grid."""
+    std = noise_level(picture) if noise is None and jpeg is None else noise or 0.0
+    if not 0 <= std <= 255:
+        raise ValueError(f"noise is {std}, but must lie in [0, 255]")
+    again = picture
+    if jpeg is not None:
+        require_int("jpeg", jpeg, 1, 95)
+        again = compressed(picture, jpeg, shift=4)
+    factor = model.autoencoder.config.factor
+    pixels, spoiled = (padded(to_tensor(one), factor)[None].to(model.device) for one in (picture, again))
+    grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)).to(pixels)
+    z, moved = model.encode(pixels), model.encode(spoiled + std / 127.5 * grain)
+    return float((moved - z).square().mean().sqrt())
+
+
+ANOTHER_EACH_TIME = ("ddpm", "euler_ancestral", "dpmpp_2m_sde")
+"""Samplers that renew noise: the others make the same of a picture whatever the seed"""
 
 
 def denoised(
     model: LatentDiffusion,
     picture: Image.Image,
+    level: float,
     read: dict[str, Tensor] | None,
-    noise: float | None,
     seeds: Sequence[int],
     *,
     steps: int = 30,
@@ -245,28 +265,31 @@ def denoised(
     guidance: float | Guidance = 1.0,
     negative: str = "",
 ) -> Tensor:
-    """Sampling that begins at the level of the noise in the picture, which is measured in its latents.
+    """Sampling that begins with the picture, as if it were noise of `level`, sigma / alpha, in its latents.
 
-    How much they are noised is what as much noise again changes in them. [B,3,H,W], a sample for each seed; their words
-    are `read`, None for none in particular.
+    Args:
+        read: words for each sample; None for none in particular.
+        sampler: by default the model's, or for several samples ddpm.
     """
-    std = noise_level(picture) if noise is None else noise
-    if not 0 <= std <= 255:
-        raise ValueError(f"noise is {std}, but must lie in [0, 255]")
-    pixels = padded(to_tensor(picture), model.autoencoder.config.factor)[None].to(model.device)
-    grain = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seeds[0])).to(pixels)
-    z = model.encode(pixels)
-    level = float((model.encode(pixels + std / 127.5 * grain) - z).square().mean().sqrt())
+    if read is None and (guidance != 1 or negative):
+        raise ValueError("guidance or negative is given, but there is no prompt to be guided by; give one")
+    if len(seeds) > 1 and (sampler := sampler or "ddpm") not in ANOTHER_EACH_TIME:
+        raise ValueError(
+            f"samples is {len(seeds)}, but sampler {sampler} makes the same each time; "
+            f"choose one of {', '.join(ANOTHER_EACH_TIME)}"
+        )
+    z = model.encode(padded(to_tensor(picture), model.autoencoder.config.factor)[None].to(model.device))
     sample, grid, _ = model.sampler_for(sampler, steps, z.shape[1:], spacing)
     first = int((grid.sigma / grid.alpha > level).sum())
     if first == len(grid):
         raise ValueError(
-            f"the noise is {std:.1f} of 255, less than the last of {steps} steps removes; raise steps. Blur and JPEG "
-            "artefacts take a model that was trained to restore: one that draws removes Gaussian noise alone"
+            f"the damage is less than the last of {steps} steps removes; raise steps, or say how strong it is (noise, "
+            "jpeg). Blur takes a model that was trained to restore"
         )
     rest = Grid(grid.t[first:], grid.alpha[first:], grid.sigma[first:])
     if read is None:
-        denoise = guided(model.denoiser(), model.null("", len(seeds)).sized(*pixels.shape[2:]), None)
+        height, width = (side * model.autoencoder.config.factor for side in z.shape[2:])
+        denoise = guided(model.denoiser(), model.null("", len(seeds)).sized(height, width), None)
     else:
         denoise = model.guided(read, len(seeds), z.shape[1:], guidance, negative)
     x = rest.alpha[0] * z.expand(len(seeds), *z.shape[1:])

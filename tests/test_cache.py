@@ -107,6 +107,16 @@ def test_the_loss_with_the_cache_is_the_loss_without(data: DataConfig, parts, tm
     assert all(torch.equal(cached[name], told[name]) for name in told)
 
 
+def test_a_sample_is_the_same_alone_and_in_a_batch(data: DataConfig, parts, tmp_path: Path) -> None:
+    built = build(tmp_path, data, parts)
+    items = [(100, 7), (101, 40), (102, 0)]
+    together = built.__getitems__(items)
+    for row, item in enumerate(items):
+        alone = built.__getitems__([item])
+        assert alone.keys() == together.keys()
+        assert all(torch.equal(alone[name][0], together[name][row]) for name in alone)
+
+
 def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(data: DataConfig, parts, tmp_path: Path) -> None:
     build(tmp_path / "whole", data, parts)
     process = multiprocessing.get_context("fork").Process(

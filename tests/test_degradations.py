@@ -44,6 +44,18 @@ def test_stronger_damage_is_further_from_the_picture(picture: Image.Image) -> No
     assert smaller(picture, 4).size == (24, 20)
 
 
+def test_on_another_grid_jpeg_does_as_much_damage_again(picture: Image.Image) -> None:
+    """Which is how its strength is measured when the sound picture is not at hand."""
+    noise = noisy(picture, 8, stream())
+    once = compressed(noise, 15)
+    first, same, shifted = (
+        float(np.square(np.asarray(a, float) - np.asarray(once, float)).mean())
+        for a in (noise, compressed(once, 15), compressed(once, 15, shift=4))
+    )
+    assert compressed(once, 15, shift=4).size == once.size
+    assert same < 0.1 * first and 0.3 * first < shifted < 3 * first
+
+
 def test_damage_is_a_function_of_seed_and_position(picture: Image.Image) -> None:
     every = Restore(share=1.0)
     one, again, other = (np.asarray(every.done(picture, stream(p))) for p in (3, 3, 4))

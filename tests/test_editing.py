@@ -164,7 +164,7 @@ def test_bad_input_is_answered_in_a_sentence(model: LatentDiffusion, picture: Im
     mask = hole((16, 16), (0, 0, 8, 8))
     odd = Image.new("RGB", (17, 16))
     for work, words in [
-        (lambda: image_to_image(model, odd, PROMPT), "width is 17"),
+        (lambda: image_to_image(model, odd, PROMPT), "the picture is 17x16, .* crop it to 16x16"),
         (lambda: image_to_image(model, picture, PROMPT, strength=0), "strength is 0"),
         (lambda: image_to_image(model, picture, PROMPT, strength=float("nan")), "strength is nan"),
         (lambda: image_to_image(model, picture, None), "prompts is None"),
@@ -174,7 +174,7 @@ def test_bad_input_is_answered_in_a_sentence(model: LatentDiffusion, picture: Im
         (lambda: inpaint(model, picture, mask, PROMPT, resample=0), "resample"),
         (lambda: inpaint(model, picture, mask, PROMPT, soft=-1), "soft is -1"),
         (lambda: inpaint(model, picture, mask, PROMPT, n=3, seed=[1, 2]), "2 seeds for 3 pictures"),
-        (lambda: image_to_image(model, Image.new("RGB", (1, 1)), PROMPT), "width is 1"),
+        (lambda: image_to_image(model, Image.new("RGB", (1, 1)), PROMPT), "the picture is 1x1, .* to 2x2"),
         (lambda: outpaint(model, picture, picture.size, PROMPT), "nothing would be added"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -250,7 +250,10 @@ def test_editing_from_the_command_line(
         (["edit", model, f"{out}/missing.png", PROMPT], 1, "can't be opened"),
         (["edit", model, drawn, PROMPT, "--strength", "2"], 1, "strength is 2.0"),
         (["edit", model, drawn, PROMPT, "--seed", "1,2"], 1, "2 seeds for 1 pictures"),
-        (["edit", model, drawn, PROMPT, "--size", "1x1"], 1, "width is 1"),
+        (["edit", model, drawn, PROMPT, "--size", "1x1"], 1, "the picture is 1x1"),
+        (["edit", model, drawn], 1, "There is no prompt, but this model needs a caption"),
+        (["vary", model, drawn], 1, "There is no prompt, but this model needs a caption"),
+        (["vary", model, drawn, PROMPT, "--class", "pear"], 1, "told one of the two"),
         (["inpaint", model, drawn, PROMPT], 2, "--mask"),
         (["inpaint", model, drawn, PROMPT, "--mask", f"{out}/white.png"], 1, "white everywhere"),
         (["vary", model, drawn, PROMPT, "--amount", "2"], 1, "amount is 2.0"),

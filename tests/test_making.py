@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.degradations import noisy
+from ldm.degradations import compressed, noisy
 from ldm.paths import Level
+from ldm.pictures import to_tensor
 from ldm.random import stream
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
@@ -21,7 +22,7 @@ from pipelines.doctor_model import doctor_model
 from pipelines.editing import image_to_image, inpaint, outpaint
 from pipelines.publish import SHIPPED
 from pipelines.recover import inside, mean_filled, seam
-from pipelines.tasks import Segmentation, in_tiles, restore, segment, upscale, voted
+from pipelines.tasks import Segmentation, damage_level, in_tiles, restore, segment, upscale, voted
 from tests.support import KINDS
 from tests.test_editing import PROMPT, array, hole
 
@@ -171,6 +172,7 @@ def test_what_a_model_was_not_trained_for_is_refused(runs: Path, chain: Path, pi
         (lambda: restore(plain, picture, noise=-5), r"noise is -5, but must lie in \[0, 255\]"),
         (lambda: restore(plain, picture, noise=float("nan")), "noise is nan"),
         (lambda: restore(plain, picture, noise=60, samples=0), "samples is 0"),
+        (lambda: restore(plain, picture, jpeg=96), "jpeg is 96"),
     ):
         with pytest.raises(ValueError, match=sentence):
             ask()
@@ -199,11 +201,26 @@ def test_a_plain_model_begins_where_the_noise_is(chain: Path, picture: Image.Ima
     assert restore(model, spoiled.crop((0, 0, 15, 13)), noise=60).size == (15, 13)
 
 
-def test_samples_of_a_plain_model_are_averaged(chain: Path, picture: Image.Image) -> None:
-    model = LatentDiffusion.from_pretrained(chain / "ldm")
-    settings = {"noise": 60, "steps": 20, "sampler": "ddpm"}
+def test_samples_of_a_plain_model_are_averaged(model: LatentDiffusion, picture: Image.Image) -> None:
+    settings = {"noise": 60, "steps": 20}
     one, two = (array(restore(model, picture, PROMPT, samples=n, **settings)) for n in (1, 2))
     assert abs(one - two).max() > 2
+    alone = [array(restore(model, picture, PROMPT, seed=s, sampler="ddpm", **settings)) for s in (0, 1)]
+    assert abs(alone[0] - alone[1]).max() > 2
+    with pytest.raises(ValueError, match="sampler ddim makes the same each time"):
+        restore(model, picture, samples=2, sampler="ddim", **settings)
+
+
+def test_the_level_of_jpeg_artefacts_is_found(model: LatentDiffusion, picture: Image.Image) -> None:
+    sound = picture.resize((64, 64), Image.Resampling.BICUBIC)
+    levels = []
+    for quality in (5, 20, 60):
+        spoiled = compressed(sound, quality)
+        z, moved = (model.encode(to_tensor(one)[None]) for one in (sound, spoiled))
+        levels.append(damage_level(model, spoiled, None, quality, 0))
+        assert 0.4 < levels[-1] / (moved - z).square().mean().sqrt().item() < 2.5
+    assert levels == sorted(levels, reverse=True)
+    assert damage_level(model, spoiled, 10, 60, 0) > levels[-1]
 
 
 def test_votes_confidence_and_boxes() -> None:
@@ -253,7 +270,7 @@ def test_a_model_of_another_task_is_refused(runs: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_line_has_files_in_and_out(
-    runs: Path, picture: Image.Image, tmp_path: Path, capsys
+    runs: Path, chain: Path, picture: Image.Image, tmp_path: Path, capsys
 ) -> None:
     picture.save(tmp_path / "one.png")
     picture.convert("RGBA").resize((10, 12)).save(tmp_path / "two.png")
@@ -269,6 +286,13 @@ def test_the_command_line_has_files_in_and_out(
     MASK.save(tmp_path / "mask.png")
     holes = ["inpaint", str(runs / "holes"), files[0], "--mask", str(tmp_path / "mask.png"), "--steps", "2"]
     ldm([*holes, "--out", str(tmp_path / "holes")])
+    noisy(picture, 60, stream(0, "test", 0)).save(tmp_path / "noisy.png")
+    plain = ["restore", str(chain / "ldm"), str(tmp_path / "noisy.png"), "--out", str(tmp_path / "plain")]
+    capsys.readouterr()
+    ldm(plain)
+    noise = Image.open(tmp_path / "plain" / "noisy.png").text["noise"]
+    assert f"noisy: noise of about {noise} of 255, estimated" in capsys.readouterr().out and float(noise) > 20
+    ldm([*plain, "--jpeg", "5", "--samples", "2", "--steps", "60"])
     capsys.readouterr()
     for words, sentence in (
         (["generate", str(runs / "upscale"), "--out", str(tmp_path / "x")], "trained to upscale pictures"),
@@ -282,6 +306,11 @@ def test_the_command_line_has_files_in_and_out(
         ),
         (["restore", str(runs / "restore"), str(tmp_path), "--out", str(tmp_path / "x")], "is a folder"),
         (["restore", str(runs / "restore"), files[0], "--out", str(tmp_path)], "would be replaced"),
+        (
+            ["restore", str(runs / "restore"), files[0], "--jpeg", "9", "--out", str(tmp_path / "x")],
+            "sees for itself",
+        ),
+        (["recover", str(chain / "ldm"), "--blur", "1", "--out", str(tmp_path / "y")], "no blur is undone"),
         (["recover", str(runs / "restore"), "--out", str(tmp_path)], "which is a folder"),
         (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x")], "seed is -1"),
     ):

@@ -15,6 +15,7 @@ from ldm.conditioning import ClassAndText, ConditioningConfig, Text, make_condit
 from ldm.config import UserError
 from ldm.encoders import TextConfig
 from pipelines import LatentDiffusion
+from pipelines.shipped.pipeline import LatentDiffusionPipeline
 from tests.encoders import CAPTIONS, ENCODERS, PROJECTED, WIDTH, conditioner, config, model_of
 from tests.support import ROOT
 
@@ -185,7 +186,7 @@ def test_class_and_caption_are_dropped_together(encoders: dict[str, Path]) -> No
         assert not torch.allclose(said[1], nothing[1])
 
 
-@pytest.mark.parametrize("name", ["clip", "pair"])
+@pytest.mark.parametrize("name", ["clip", "pair", "projection alone"])
 def test_class_and_caption_are_saved_and_drawn_with(
     name: str, encoders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -199,12 +200,24 @@ def test_class_and_caption_are_saved_and_drawn_with(
     for one, other in zip(drawn, again(CAPTIONS[:2], classes=["plum", "lime"], steps=3), strict=True):
         assert np.array_equal(one, np.asarray(other))
     assert not np.array_equal(drawn[0], np.asarray(model(CAPTIONS[0], classes="lime", steps=3)[0]))
-    unet = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "unet").eval()
-    cond = model.conditioner(model.conditioner.read(CAPTIONS[:1], ["lime"])).sized(16, 16)
-    x, t = torch.randn(1, 4, 8, 8), torch.tensor([3.0])
-    added = None if cond.pooled is None else {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
-    theirs = unet(x, t, cond.tokens, class_labels=cond.label, added_cond_kwargs=added).sample
-    torch.testing.assert_close(model.unet(x, t, cond), theirs, rtol=1e-4, atol=1e-5)
+    stock = LatentDiffusionPipeline.from_pretrained(tmp_path)
+    stock.set_progress_bar_config(disable=True)
+    size = {"width": 24, "height": 16}
+    theirs = stock(
+        CAPTIONS[:2],
+        class_labels=["plum", "lime"],
+        num_inference_steps=3,
+        generator=[torch.Generator().manual_seed(seed) for seed in (0, 1)],
+        **size,
+    ).images
+    ours = model(CAPTIONS[:2], classes=["plum", "lime"], steps=3, size=(24, 16))
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    for words in ({}, {"prompt": CAPTIONS[0]}, {"class_labels": "plum"}):
+        with pytest.raises(ValueError, match="This model is told captions and classes"):
+            stock(**words)
+    with pytest.raises(ValueError, match="no such class"):
+        stock(CAPTIONS[0], class_labels="plam")
     for bad, message in (
         ({"prompts": CAPTIONS[0]}, "classes is None, but this model needs"),
         ({"prompts": CAPTIONS[:3], "classes": ["plum", "lime"]}, "there are 2 classes for 3 prompts"),
