@@ -51,7 +51,8 @@ class GroupNorm(nn.GroupNorm):
             return super().forward(x)
         if each < 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        return super().forward(x.float()).to(x.dtype)
+        scale, shift = self.weight.float(), self.bias.float()  # which a network in bf16 has in bf16
+        return F.group_norm(x.float(), self.num_groups, scale, shift, self.eps).to(x.dtype)
 
 
 def _channels_last(x: Tensor) -> bool:

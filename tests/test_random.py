@@ -1,0 +1,17 @@
+"""What is drawn depends on the seed, the purpose and the position alone."""
+
+import pytest
+import torch
+
+from ldm import random
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_each_row_is_of_its_own_stream(seed: int) -> None:
+    positions = torch.tensor([0, 5, 2**40, -1, 5])
+    noise, uniform = random.normal(seed, "noise", positions, (2, 3)), random.uniform(seed, "time", positions)
+    for row, number, position in zip(noise, uniform, positions.tolist(), strict=True):
+        drawn = random.stream(seed, "noise", position).standard_normal((2, 3), dtype="float32")
+        assert torch.equal(row, torch.from_numpy(drawn))
+        assert number == random.stream(seed, "time", position).uniform()
+    assert not torch.equal(noise[0], noise[1]) and torch.equal(noise[1], noise[4])
