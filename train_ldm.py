@@ -43,9 +43,9 @@ from ldm.unet_config import UNetConfig
 from ldm.validation import HeldOut, ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
-from pipelines.showing import ShowConfig, Shown, show, things_to_show
-from pipelines.stage_one import open_autoencoder
-from pipelines.validating import validate
+from pipelines.stages.showing import ShowConfig, Shown, show, things_to_show
+from pipelines.stages.stage_one import open_autoencoder
+from pipelines.stages.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)

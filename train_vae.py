@@ -42,9 +42,9 @@ from ldm.optim import as_judged, make_optimizer
 from ldm.pictures import to_images, to_tensor
 from ldm.sampling import Pixels, epochs
 from ldm.training import Run
-from pipelines.readiness import Budget, report
+from pipelines.doctor.readiness import Budget, report
 from pipelines.sheets import side_by_side
-from pipelines.vae_recipe import NETWORKS, Recipe, hurried
+from pipelines.stages.vae_recipe import NETWORKS, Recipe, hurried
 
 LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 

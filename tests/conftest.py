@@ -10,8 +10,8 @@ import train_ldm
 import train_vae
 from ldm.data import DataConfig, ScenesConfig, open_source
 from pipelines import LatentDiffusion
-from pipelines.classifier import Classifier, Recogniser, save_recogniser
 from pipelines.cli import main as ldm
+from pipelines.evaluation.classifier import Classifier, Recogniser, save_recogniser
 from tests.encoders import publish
 from tests.support import DRAWING, JUDGED, KINDS, SIDE, TOY
 

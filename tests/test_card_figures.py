@@ -10,7 +10,7 @@ import torch
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from pipelines import LatentDiffusion
-from pipelines.card_figures import evaluated
+from pipelines.publishing.card_figures import evaluated
 
 
 def test_figures_of_these_weights_alone(chain: Path, result: Path, tmp_path: Path) -> None:

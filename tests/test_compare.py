@@ -12,9 +12,9 @@ pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
 
 from ldm.config import UserError
 from pipelines.cli import main as ldm
-from pipelines.compare import Row, compare
-from pipelines.protocol import commit, precision, versions
-from pipelines.sweeps import plot
+from pipelines.evaluation.compare import Row, compare
+from pipelines.evaluation.protocol import commit, precision, versions
+from pipelines.evaluation.sweeps import plot
 
 
 def test_compare_refuses_what_was_measured_otherwise(
@@ -78,7 +78,7 @@ def test_sweep_plots_the_figures_and_measures_anew_only_what_was_measured_otherw
     assert [how.pop("steps") for how in found] == [1, 2] and found[0] == found[1]
 
     measured: list[Path] = []
-    monkeypatch.setattr("pipelines.sweeps.measure", lambda bench, file: measured.append(file))
+    monkeypatch.setattr("pipelines.evaluation.sweeps.measure", lambda bench, file: measured.append(file))
     capsys.readouterr()
     ldm(words)
     assert not measured and capsys.readouterr().out.count("is there already") == 2

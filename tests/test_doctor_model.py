@@ -7,7 +7,7 @@ import torch
 
 from ldm.config import UserError
 from pipelines import LatentDiffusion
-from pipelines.doctor_model import described, doctor_model
+from pipelines.doctor.model import described, doctor_model
 
 
 def test_a_sound_model_is_described(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

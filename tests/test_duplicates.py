@@ -3,7 +3,7 @@
 import numpy as np
 
 from ldm.inspection import Look
-from pipelines.duplicates import COLOUR, NEAR, pairs
+from pipelines.doctor.duplicates import COLOUR, NEAR, pairs
 
 
 def looks_of(prints: np.ndarray, pixels: np.ndarray | None = None) -> list[Look]:

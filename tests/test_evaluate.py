@@ -18,11 +18,11 @@ from autoencoder.vq import VQConfig, VQModel
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from ldm.pictures import to_tensor
-from pipelines.classifier import train_recogniser
 from pipelines.cli import main as ldm
-from pipelines.extractors import open_extractor
-from pipelines.stage_one import data_at
-from pipelines.subjects import open_subject, reconstructed
+from pipelines.evaluation.classifier import train_recogniser
+from pipelines.evaluation.extractors import open_extractor
+from pipelines.evaluation.subjects import open_subject, reconstructed
+from pipelines.stages.stage_one import data_at
 from tests.support import DRAWING, JUDGED, SIDE, ran, values
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.pictures import to_images
-from pipelines import extractors
-from pipelines.classifier import Classifier, Recogniser, load_recogniser, save_recogniser
-from pipelines.extractors import open_extractor
-from pipelines.references import bytes_of
-from pipelines.scores import Clip
+from pipelines.evaluation import extractors
+from pipelines.evaluation.classifier import Classifier, Recogniser, load_recogniser, save_recogniser
+from pipelines.evaluation.extractors import open_extractor
+from pipelines.evaluation.references import bytes_of
+from pipelines.evaluation.scores import Clip
 from tests.encoders import clip_config, clip_tokenizer
 
 CPU = torch.device("cpu")

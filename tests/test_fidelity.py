@@ -18,11 +18,11 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, open_source
-from pipelines import bootstrap, fidelity
-from pipelines.classifier import Classifier
-from pipelines.extractors import Seen, before_last_linear
-from pipelines.fidelity import measured, of_pictures, of_sets
-from pipelines.generation import bytes_of
+from pipelines.evaluation import bootstrap, fidelity
+from pipelines.evaluation.classifier import Classifier
+from pipelines.evaluation.extractors import Seen, before_last_linear
+from pipelines.evaluation.fidelity import measured, of_pictures, of_sets
+from pipelines.evaluation.generation import bytes_of
 
 
 class Features(nn.Identity):

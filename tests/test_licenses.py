@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ldm.config import UserError
-from pipelines.licenses import LICENSES, TEXTS, license_text, require_license
+from pipelines.publishing.licenses import LICENSES, TEXTS, license_text, require_license
 
 FIRST = {
     "apache-2.0": "Apache License",

@@ -18,10 +18,10 @@ from ldm.pictures import to_tensor
 from ldm.random import stream
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.doctor_model import doctor_model
+from pipelines.doctor.model import doctor_model
 from pipelines.editing import image_to_image, inpaint, outpaint
-from pipelines.publish import SHIPPED
-from pipelines.recover import inside, mean_filled, seam
+from pipelines.evaluation.recover import inside, mean_filled, seam
+from pipelines.publishing.publish import SHIPPED
 from pipelines.tasks import Segmentation, damage_level, in_tiles, restore, segment, upscale, voted
 from tests.support import KINDS
 from tests.test_editing import PROMPT, array, hole

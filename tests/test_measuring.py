@@ -15,12 +15,12 @@ from accelerate import PartialState
 
 from ldm.data import DataConfig, open_source
 from ldm.scenes import Scenes
-from pipelines import references
-from pipelines.extractors import open_extractor
-from pipelines.generation import Share, bytes_of, spread_out
-from pipelines.memorisation import Near, find_copies, nearer, nearest
-from pipelines.references import features_of
-from pipelines.scores import ATTRIBUTES, likeness, of_scenes
+from pipelines.evaluation import references
+from pipelines.evaluation.extractors import open_extractor
+from pipelines.evaluation.generation import Share, bytes_of, spread_out
+from pipelines.evaluation.memorisation import Near, find_copies, nearer, nearest
+from pipelines.evaluation.references import features_of
+from pipelines.evaluation.scores import ATTRIBUTES, likeness, of_scenes
 from tests.support import SIDE
 
 
@@ -46,7 +46,7 @@ def test_features_are_kept_until_the_pictures_change(
     state, size = PartialState(cpu=True), (SIDE, SIDE)
     source = open_source(DataConfig(path=str(pictures)), "test")
     first = features_of(source, size, extractor, state, tmp_path)
-    monkeypatch.setattr("pipelines.references.pixels_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("pipelines.evaluation.references.pixels_of", lambda *_: pytest.fail("read again"))
     again = features_of(open_source(DataConfig(path=str(pictures)), "test"), size, extractor, state, tmp_path)
     assert torch.equal(first.features, again.features) and torch.equal(first.logits, again.logits)
     monkeypatch.undo()
@@ -68,7 +68,7 @@ def test_two_runs_may_keep_the_same_features_at_once(tmp_path: Path, monkeypatch
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
 
-    monkeypatch.setattr("pipelines.references.flush", other_run)
+    monkeypatch.setattr("pipelines.evaluation.references.flush", other_run)
     references._write(file, columns)
     assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.page import Page
+from pipelines.reports.page import Page
 
 
 def test_page_stands_alone_and_escapes_what_it_is_given(tmp_path: Path) -> None:

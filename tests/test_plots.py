@@ -9,8 +9,8 @@ from PIL import Image
 from ldm.pictures import to_images, to_tensor
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.plots import PATHS, interpolation, levels, noising, prompt_sheet, schedules, trajectory
-from pipelines.run_plots import by_level, curves, logged, losses, speeds
+from pipelines.reports.plots import PATHS, interpolation, levels, noising, prompt_sheet, schedules, trajectory
+from pipelines.reports.run_plots import by_level, curves, logged, losses, speeds
 from pipelines.sheets import contact_sheet, tiles
 
 PROMPTS = ["a large red circle", "a small blue star"]

@@ -15,12 +15,13 @@ from PIL import Image
 
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
-from pipelines import LatentDiffusion, gate
-from pipelines.card import cell
+from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.memorisation import find_copies
-from pipelines.publish import Publication, emptied, publish
-from pipelines.release import ALLOWED, listed, search_secrets, write_release
+from pipelines.evaluation.memorisation import find_copies
+from pipelines.publishing import gate
+from pipelines.publishing.card import cell
+from pipelines.publishing.publish import Publication, emptied, publish
+from pipelines.publishing.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
 from tests.support import ROOT, ran
 
@@ -335,7 +336,7 @@ def test_files_beside_the_model_do_not_leave_the_machine(chain: Path, tmp_path: 
 
 
 def test_names_of_layers_and_words_are_no_secrets() -> None:
-    from pipelines.release import random_word
+    from pipelines.publishing.release import random_word
 
     words = ("CrossAttnDownBlock2DCrossAttnDownBlock2D", "transformerlayersperblock00000", "a" * 40)
     assert not any(map(random_word, words)) and random_word("q8Zr5t1Yp0Xw7Vb3Nm2Kj4Hg6")

@@ -12,12 +12,12 @@ from PIL import Image
 
 import train_ldm
 from ldm.config import UserError
-from pipelines import gate
 from pipelines.cli import main as ldm
-from pipelines.publication import Publication
-from pipelines.publish import publish
-from pipelines.release import listed
-from pipelines.upload import HubSession, upload
+from pipelines.publishing import gate
+from pipelines.publishing.publication import Publication
+from pipelines.publishing.publish import publish
+from pipelines.publishing.release import listed
+from pipelines.publishing.upload import HubSession, upload
 from tests.hub import Hub
 from tests.support import ROOT, TOY
 
@@ -164,7 +164,7 @@ def test_bad_requests_are_one_sentence(
 
 
 def test_a_checker_looks_at_what_is_given_too() -> None:
-    from pipelines.publish import verdict
+    from pipelines.publishing.publish import verdict
     from pipelines.safety import Verdict
 
     class Strict:

@@ -14,13 +14,13 @@ from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.latents import LatentStatistics
 from ldm.data import DataConfig, open_source
 from ldm.pictures import to_tensor
-from pipelines import latent_measures as measures
 from pipelines.cli import main as ldm
-from pipelines.latent_measures import Coder, Latents
-from pipelines.probe import Probe, train_probe
-from pipelines.readiness import Budget, choose, report
-from pipelines.readiness_verdict import checks, overall
-from pipelines.stage_one import data_of
+from pipelines.doctor import latent_measures as measures
+from pipelines.doctor.latent_measures import Coder, Latents
+from pipelines.doctor.probe import Probe, train_probe
+from pipelines.doctor.readiness import Budget, choose, report
+from pipelines.doctor.readiness_verdict import checks, overall
+from pipelines.stages.stage_one import data_of
 from tests.support import ROOT, TOY
 
 FRUITS = ROOT.parent / "shared" / "data" / "fruits"

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.cli import main as ldm
-from pipelines.report import report
-from pipelines.run_record import read_record, sheets
+from pipelines.reports.report import report
+from pipelines.reports.run_record import read_record, sheets
 from pipelines.sheets import contact_sheet, tiles
 
 PROTOCOL = {

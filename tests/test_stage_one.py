@@ -7,7 +7,7 @@ import torch
 
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.vq import VQConfig, VQModel
-from pipelines.stage_one import open_autoencoder
+from pipelines.stages.stage_one import open_autoencoder
 
 
 def test_a_stock_shift_is_folded_in(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ldm.config import UserError
-from pipelines import upload as uploading
-from pipelines.upload import HubSession, entry, manifest_text, upload
+from pipelines.publishing import upload as uploading
+from pipelines.publishing.upload import HubSession, entry, manifest_text, upload
 from tests.hub import ENDPOINTS, Hub
 from tests.support import ROOT
 

@@ -24,7 +24,7 @@ from ldm.paths import Path as NoisePath
 from ldm.scenes_check import score
 from ldm.validation import SEED, HeldOut, ValidationConfig, hold_out, losses, named, read, told
 from pipelines import LatentDiffusion
-from pipelines.validating import energy_distance, quick_figures, texture
+from pipelines.stages.validating import energy_distance, quick_figures, texture
 from tests.support import TOY, newest_weights, ran
 
 SCENES = DataConfig(size=16, scenes=ScenesConfig(count=24))

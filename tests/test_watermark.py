@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.scenes import Scenes
 from pipelines.cli import main as ldm
-from pipelines.doctor_picture import findings
+from pipelines.doctor.picture import findings
 from pipelines.watermark import (
     BITS,
     bits_of,

@@ -1,0 +1,1 @@
+"""Are data, latents and models fit for what comes next?"""

@@ -1,0 +1,1 @@
+"""Is it good? Figures with their protocol, and what is compared."""

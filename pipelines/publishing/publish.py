@@ -1,0 +1,253 @@
+"""`ldm publish`: a finished run becomes a public model.
+
+Everything is made and proven on this machine first; only then is it uploaded, in one commit, and read back.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+from torch import nn
+
+from autoencoder.store import weight_hash
+from ldm.conditioning import Words, labels_of, text_of
+from ldm.config import UserError
+from ldm.data import Source
+from ldm.tasks import Segment, Task
+from pipelines.diffusers_format import OURS
+from pipelines.evaluation.memorisation import Copies, find_copies
+from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.publishing.card import Facts, model_card
+from pipelines.publishing.card_figures import evaluated, reconstructed
+from pipelines.publishing.gate import (
+    Proof,
+    drawn_by_stock,
+    furthest,
+    require_diffusers,
+    require_same,
+    scan_half,
+)
+from pipelines.publishing.licenses import license_text
+from pipelines.publishing.publication import FinishedRun, Publication
+from pipelines.publishing.release import ALLOWED, listed, search_secrets, write_release
+from pipelines.publishing.samples import Request, request_for, save_samples
+from pipelines.publishing.upload import MANIFEST, HubSession, token_of_person, upload
+from pipelines.safety import ClipSafetyChecker, SafetyChecker, provenance
+from pipelines.sheets import contact_sheet, side_by_side
+
+SHIPPED = Path(__file__).parent / "shipped" / "pipeline.py"
+
+
+def publish(what: Publication) -> str:
+    """Build, prove, and unless it is a dry run upload; the address of the commit, or "".
+
+    Raises:
+        UserError: something is missing or not as it should be; nothing has left the machine then, unless the
+            message says otherwise.
+    """
+    token = "" if what.dry_run else token_of_person()
+    terms, checker = checked(what)
+    run = FinishedRun(what.model)
+    model = LatentDiffusion.from_pretrained(run.model)
+    source = run.source(what.data) if what.data else None
+    request = request_for(what, run, model, source)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
+        release = scratch / "release" if what.out is None else emptied(what.out)
+        print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
+        scan, images = scan_half(model, partial(request.drawn_by, progress=True))
+        if what.out:
+            sheet_of(images, request).save(f"{what.out}-samples.png", pnginfo=provenance())
+        if what.half and not scan.safe:
+            raise UserError(
+                f"{scan.where} reaches {scan.largest:.3g}, more than float16 can hold (65504), so nothing was "
+                "published; give --no-half to publish float32 alone."
+            )
+        pipeline = build(model, release, scratch / "stock", what)
+        print("2/5  drawing with stock diffusers in a process of its own", flush=True)
+        theirs, version = drawn_by_stock(release, pipeline, request, scratch)
+        difference = require_same(images, theirs)
+        print(f"     largest difference from the trainer's pictures: {difference} of 255")
+        if what.half:
+            halved, _ = drawn_by_stock(release, pipeline, request, scratch, "fp16")
+            print(f"     with float16 weights: {furthest(images, halved)} of 255")
+        print("3/5  looking for copies of training pictures, and at the samples", flush=True)
+        proof = Proof(
+            request=request,
+            difference=difference,
+            diffusers=version,
+            scan=scan,
+            copies=no_copies(images, model.task, source, what),
+            half=what.half,
+        )
+        safety, no_samples = verdict([*images, *(one.picture for one in request.given)], what, checker)
+        samples = [] if no_samples else save_samples(images, request, release, what)
+        facts = Facts(
+            name=what.name,
+            license=what.license,
+            license_name=what.license_name,
+            about=what.about,
+            pipeline=pipeline,
+            proof=proof,
+            samples=samples,
+            no_samples=no_samples,
+            safety=safety,
+            **facts_of(run, model, source),
+        )
+        (release / "README.md").write_text(model_card(facts), encoding="utf-8")
+        (release / "LICENSE").write_text(terms, encoding="utf-8")
+        return send(what, release, token)
+
+
+def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
+    """The licence's text, and who looks at the samples.
+
+    Raises:
+        UserError: for what would else fail, or be found useless, after all has been drawn.
+    """
+    require_diffusers()
+    if what.credentials and not (what.checker or what.looked_at):
+        raise UserError(
+            "--credentials sign samples, of which none are published without --checker or --looked-at."
+        )
+    checker = ClipSafetyChecker.from_pretrained(what.checker) if what.checker else None
+    return license_text(what.license, what.license_file, what.name.split("/")[0]), checker
+
+
+def facts_of(run: FinishedRun, model: LatentDiffusion, source: Source | None) -> dict[str, Any]:
+    """What the card says of the run, its model and its data."""
+    identity = weight_hash(model.autoencoder.state_dict())
+    first = yaml.safe_load((run.stage1 / "config.yaml").read_text(encoding="utf-8")) if run.stage1 else None
+    return {
+        "words": words_of(model),
+        "task": model.task,
+        "recipe": run.recipe,
+        "data_facts": [f"{len(source):,} pictures: {source.kind}"] if source else [],
+        "first_recipe": first,
+        "trained": run.trained(),
+        "parts": parts_of(model),
+        "classes": labels.classes if (labels := labels_of(model.conditioner)) else (),
+        "autoencoder": identity,
+        "metrics": reconstructed(run.stage1, identity)
+        + evaluated(run.folder, weight_hash(model.unet.state_dict())),
+    }
+
+
+def build(model: LatentDiffusion, release: Path, stock: Path, what: Publication) -> str:
+    """Write the release, without its card; the class that stock tools open it with."""
+    model.save_pretrained(stock)
+    kind = json.loads((stock / "model_index.json").read_text())["_class_name"]
+    left = write_release(stock, release, half=what.half, shard=what.shard)
+    if left:
+        print(f"     left out, as no reader needs them: {', '.join(left)}")
+    if kind == OURS:
+        shutil.copyfile(SHIPPED, release / "pipeline.py")
+    return str(kind)
+
+
+def sheet_of(images: list[Image.Image], request: Request) -> Image.Image:
+    """The samples, below each what it was made of or told."""
+    if request.given:
+        return side_by_side([one.picture for one in request.given], images, labels=("given", "made"))
+    told = [request.told(i) for i in range(request.count)]
+    return contact_sheet(images, told if any(told) else None)
+
+
+def send(what: Publication, release: Path, token: str) -> str:
+    """Search what is to be sent for secrets, list it, and upload it unless this is a dry run."""
+    print("4/5  searching every file for keys, tokens and paths of this machine", flush=True)
+    files = listed(release)
+    home = {str(Path.home()): "the path of your home folder"} if len(str(Path.home())) > 1 else {}
+    search_secrets(release, home | ({token: "your token for the hub"} if token else {}))
+    for name, about in files.items():
+        print(f"     {about['size']:>14,}  {name}")
+    if what.dry_run:
+        where = f"; it lies in {what.out}" if what.out else ""
+        print(f"5/5  a dry run: these files would go to {what.name}, and nothing else{where}")
+        return ""
+    hub = HubSession(what.name, token)
+    print(f"5/5  uploading to {hub.api.endpoint}, in one commit", flush=True)
+    address = upload(release, files, hub, private=what.private)
+    print(f"published and read back: {address}")
+    return address
+
+
+def emptied(out: Path) -> Path:
+    """A new folder, or one that holds an earlier release."""
+    if out.exists() and any(out.iterdir()):
+        files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
+        if MANIFEST not in files or not all(map(ALLOWED.fullmatch, files)):
+            raise UserError(f"{out} holds something else than a release; give an empty folder with --out.")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def words_of(model: LatentDiffusion) -> Words:
+    """What the model is told."""
+    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+    if text and labels:
+        return "class+text"
+    return "text" if text else "class" if labels else "none"
+
+
+def no_copies(
+    images: list[Image.Image], task: Task | None, source: Source | None, what: Publication
+) -> Copies | None:
+    """What was found; UserError if there are copies that the person has not accepted."""
+    if isinstance(task, Segment):
+        return None  # masks are no pictures
+    if source is None:
+        print("     copies were not looked for; give --data with the training pictures, or the card says so")
+        return None
+    copies = find_copies(images, source)
+    if copies.count and not what.accept_copies:
+        sheet = Path(f"{what.name.split('/')[1]}-copies.png")
+        real = [source.picture(i, images[0].width) for i in copies.nearest]
+        side_by_side(images, real).save(sheet, pnginfo=provenance())
+        raise UserError(
+            f"{copies.count} of {copies.total} drawn pictures are copies of training pictures (see {sheet}: below each "
+            "its nearest one), so nothing was published; train on more pictures or for fewer steps, or give "
+            "--accept-copies, which the card records."
+        )
+    return copies
+
+
+def verdict(images: list[Image.Image], what: Publication, checker: SafetyChecker | None) -> tuple[str, str]:
+    """What the card says about safety, and why it shows no samples, or ""."""
+    if checker:
+        flagged = [i for i, found in enumerate(checker(images)) if found.flagged]
+        if flagged and not what.looked_at:
+            raise UserError(
+                f"The checker {checker.name} flags {len(flagged)} of {len(images)} samples, so nothing was "
+                "published; look at them with --out DIR and give --looked-at if they are harmless, choose others "
+                "with --prompt, or train on other pictures."
+            )
+        said = f"The checker `{checker.name}` flagged {len(flagged)} of {len(images)} samples"
+        said += "; the author looked at all of them." if what.looked_at else "."
+        return said, ""
+    if what.looked_at:
+        return "No checker was run. The author looked at the samples and chose to show them.", ""
+    print(
+        "     no checker and nobody looked at the samples, so none are published: see --checker, --looked-at"
+    )
+    why = "no safety checker was run and the author did not say to have looked at them"
+    return f"Nothing was checked: {why}.", why
+
+
+def parts_of(model: LatentDiffusion) -> list[tuple[str, str, str]]:
+    """(folder, class, number of weights) of each network."""
+    parts: dict[str, nn.Module] = {"unet": model.unet, "vae": model.autoencoder}
+    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    for i, encoder in enumerate(text.encoders if (text := text_of(model.conditioner)) else []):
+        parts[f"text_encoder{'_2' * i}"] = encoder
+        names[f"text_encoder{'_2' * i}"] = type(encoder).__name__
+    return [(k, names[k], f"{sum(p.numel() for p in part.parameters()):,}") for k, part in parts.items()]

@@ -1,0 +1,198 @@
+"""What is drawn of a model before it is published: told which words, and for a task of which pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm import random
+from ldm.conditioning import labels_of, text_of
+from ldm.config import UserError
+from ldm.data import DataConfig, ScenesConfig, Source, open_source
+from ldm.degradations import smaller
+from ldm.pictures import to_images, to_tensor
+from ldm.tasks import Inpaint, Restore, Task, Upscale, random_hole
+from pipelines.examples import Examples
+from pipelines.inputs import read_picture
+from pipelines.latent_diffusion import LatentDiffusion
+from pipelines.publishing.publication import FinishedRun, Publication
+from pipelines.safety import provenance
+from pipelines.stages.showing import ShowConfig, prompts_to_show
+
+COUNT = 4
+"""Pictures, if nobody says how many"""
+
+
+class Given(NamedTuple):
+    """What a task is given of a picture."""
+
+    picture: Image.Image
+    hole: Image.Image | None = None
+    """Of inpainting, white where to draw"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Pictures to be drawn, or to be made of pictures."""
+
+    prompts: tuple[str, ...] | None
+    """Captions or names of classes, a picture each; None for a model that is told nothing"""
+    classes: tuple[str, ...] | None = None
+    """For a model of both, the class of each caption"""
+    given: tuple[Given, ...] = ()
+    """For a task that begins with a picture: one for each that is made"""
+    count: int
+    """Pictures"""
+    steps: int = 30
+    """Sampling steps"""
+    guidance: float = 4.0
+    """Scale of classifier-free guidance"""
+    seed: int = 0
+    """Picture i is drawn from seed + i"""
+
+    def drawn_by(self, model: LatentDiffusion, progress: bool = False) -> list[Image.Image]:
+        """The pictures; of inpainting all known pixels are as they were."""
+        prompts, classes = (list(words) if words else None for words in (self.prompts, self.classes))
+        how: dict[str, Any] = {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+        if not self.given:
+            n = 1 if prompts else self.count
+            return model(prompts, classes=classes, n=n, progress=progress, **how)
+        assert model.task is not None
+        given = {"picture": torch.stack([to_tensor(one.picture) for one in self.given])}
+        holes = [to_tensor(one.hole.convert("RGB"))[:1] for one in self.given if one.hole]
+        given |= {"mask": (torch.stack(holes) > 0).float()} if holes else {}
+        given |= {"noise": torch.zeros(self.count)} if isinstance(model.task, Upscale) else {}
+        read: dict[str, Tensor] = model.read(prompts, 1, classes)
+        examples = Examples(task=model.task, given=given, read=read, wanted=given["picture"])
+        return to_images(examples.made(model, **how))
+
+    def told(self, i: int) -> str:
+        """What picture i is told, in words."""
+        caption, name = ((words or [""] * self.count)[i] for words in (self.prompts, self.classes))
+        return f"{caption} ({name})" if name else caption
+
+
+class Sample(NamedTuple):
+    """A picture of the model card."""
+
+    told: str
+    seed: int
+    file: str
+    given: tuple[str, ...] = ()
+    """Files of what a task was given"""
+
+
+def request_for(
+    what: Publication, run: FinishedRun, model: LatentDiffusion, source: Source | None
+) -> Request:
+    """What is drawn for the gate and the card; UserError if nobody says which captions."""
+    given, captions = given_for(what, run, model)
+    prompts, classes = words_for(what, run, model, source, captions)
+    if given and prompts:
+        if what.prompts and len(prompts) not in (1, len(given)):
+            raise UserError(
+                f"There are {len(prompts)} prompts for {len(given)} pictures; give one, or one a picture."
+            )
+        prompts, classes = (words and tuple(islice(cycle(words), len(given))) for words in (prompts, classes))
+    count = len(given) or len(prompts or ()) or COUNT
+    guidance = float(run.recipe["show"]["guidance"])
+    return Request(prompts=prompts, classes=classes, given=given, count=count, guidance=guidance)
+
+
+def given_for(
+    what: Publication, run: FinishedRun, model: LatentDiffusion
+) -> tuple[tuple[Given, ...], list[str]]:
+    """What a task is given of the person's pictures, or of drawn scenes, and the captions of the latter."""
+    if model.task is None:
+        if what.pictures:
+            raise UserError("--picture is given, but this model begins with none; leave it out.")
+        return (), []
+    data = run.recipe["data"]
+    side, captions = data["size"], []
+    if what.pictures:
+        pictures = [read_picture(file, (side, side)) for file in what.pictures]
+    else:
+        drawn = open_source(DataConfig(size=side, scenes=ScenesConfig(**data["scenes"])), "test")
+        indices = range(len(what.prompts) or COUNT)
+        pictures, captions = [drawn.picture(i, side) for i in indices], [drawn.texts[i] for i in indices]  # type: ignore[index]
+        print("     of drawn scenes; give --picture FILE for such as the model is for", flush=True)
+    each = enumerate(pictures)
+    return tuple(given(model.task, picture, random.stream(0, "task", i)) for i, picture in each), captions
+
+
+def given(task: Task, picture: Image.Image, rng: np.random.Generator) -> Given:
+    """What a task is given of a sound picture, as people would hand it in."""
+    if isinstance(task, Inpaint):
+        return Given(picture, random_hole(picture.size, rng))
+    if isinstance(task, Upscale):
+        return Given(smaller(picture, task.factor))
+    return Given(task.done(picture, rng) if isinstance(task, Restore) else picture)
+
+
+def words_for(
+    what: Publication,
+    run: FinishedRun,
+    model: LatentDiffusion,
+    source: Source | None,
+    captions: Sequence[str],
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Prompts, and classes for a model of both: the person's, those of the pictures, those that training showed, or
+    the first of the data."""
+    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
+    if what.classes and not (text and labels):
+        raise UserError(
+            "--class is given, but this model is not told both captions and classes; leave it out."
+        )
+    if not text and not labels:
+        if what.prompts:
+            raise UserError("--prompt is given, but this model draws without; leave it out.")
+        return None, None
+    shown = run.recipe["show"]
+    prompts = what.prompts or (text and tuple(captions)) or tuple(shown["prompts"])
+    classes = what.classes or (() if what.prompts else tuple(shown["classes"]))
+    if not prompts and labels and not text:
+        prompts = labels.classes[: 2 * COUNT]
+    if not prompts and (source is None or not source.texts):
+        raise UserError("Which captions to draw samples of is not said; give --prompt CAPTION, or --data.")
+    if prompts:
+        told: dict[str, Any] = {"prompts": prompts, "classes": classes}
+    else:
+        told = prompts_to_show(model, ShowConfig(count=2 * COUNT), source)  # type: ignore[arg-type]
+    prompts, classes = (tuple(told.get(name, ())) for name in ("prompts", "classes"))
+    if text and labels and not classes:
+        raise UserError(
+            "Of which classes the samples are is not said; give --class NAME, one or one a prompt."
+        )
+    classes = classes * len(prompts) if len(classes) == 1 else classes
+    model.read(prompts, 1, classes or None)
+    return prompts, classes or None
+
+
+def save_samples(
+    images: Sequence[Image.Image], request: Request, release: Path, what: Publication
+) -> list[Sample]:
+    """samples/NN.png with notes of their origin, signed or not, and beside them what they were made of."""
+    (release / "samples").mkdir()
+    saved = []
+    for i, image in enumerate(images):
+        file, told, seed = f"samples/{i:02d}.png", request.told(i), request.seed + i
+        about = {"prompt": told, "seed": seed, "steps": request.steps, "guidance": request.guidance}
+        image.save(release / file, pnginfo=provenance(model=what.name, **about))
+        if what.credentials:
+            what.credentials.sign(release / file)
+        beside = {}
+        if request.given:
+            beside = dict(zip(("given", "hole"), request.given[i], strict=True))
+        names = {f"samples/{i:02d}-{name}.png": one for name, one in beside.items() if one}
+        for name, one in names.items():
+            Image.fromarray(np.array(one)).save(release / name)  # without what a camera wrote into it
+        saved.append(Sample(told, seed, file, tuple(names)))
+    return saved

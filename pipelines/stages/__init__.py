@@ -1,0 +1,1 @@
+"""What stands beside the loops of the two training scripts."""
