@@ -22,7 +22,7 @@ from pipelines.sheets import contact_sheet
 
 RECIPES = Path(__file__).parents[2] / "configs" / "scenes"
 PROMPTS, SHOWN = 128, 24
-STEPS, GUIDANCE = 30, 3.0
+STEPS, GUIDANCE = 15, 3.0
 
 
 def demo(out: Path) -> None:
