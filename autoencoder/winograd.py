@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv
-from autoencoder.winograd_training import SEEN, TILE, maps
+from autoencoder.winograd_training import MAPS, SEEN, TILE
 
 FEW, ONCE = 32, 256
 """Tiles from which it pays, see `Conv3x3`"""
+LARGEST = 2**26
+"""Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 AT_ONCE = 128
 """Tiles that are made at once, or a row of them"""
 
@@ -29,8 +31,9 @@ class Winograd(Conv):
     As a `Conv` it is what is multiplied: a 1x1 convolution [1,36*C,T,1] => [1,36*O,T,1] in 36 groups.
     """
 
-    def __init__(self, layer: nn.Conv2d, packed: bool | None = None) -> None:
-        super().__init__(layer, torch.float32, packed, groups=36)
+    def __init__(self, layer: nn.Conv2d) -> None:
+        self.made = layer.out_channels
+        super().__init__(layer, torch.float32, groups=36)
         self.padding = [0, 0]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -40,14 +43,14 @@ class Winograd(Conv):
         down, across = -(-height // TILE), -(-width // TILE)
         more = 1 + across * TILE - width, 1 + down * TILE - height
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, more[0], 1, more[1]))
-        made = x.new_empty(samples, down, TILE, across, TILE, len(self.weight))
+        made = x.new_empty(samples, down, TILE, across, TILE, self.made)
         steps = (n for n in range(1, down + 1) if down % n == 0 and n * samples * across <= AT_ONCE)
         step = max(steps, default=1)
         for first in range(0, down, step):
             rows = padded[:, TILE * first : TILE * (first + step) + SEEN - TILE]
-            points = maps().seen @ tiles(rows)  # [T,36,C]
+            points = MAPS.seen @ tiles(rows)  # [T,36,C]
             points = self.biased(points.flatten(1).t()[None, :, :, None], None)
-            y = maps().made @ points[0, :, :, 0].t().unflatten(1, (SEEN**2, -1))  # [T,16,O]
+            y = MAPS.made @ points[0, :, :, 0].t().unflatten(1, (SEEN**2, -1))  # [T,16,O]
             y = y.view(samples, step, across, TILE, TILE, -1)
             made[:, first : first + step] = y.transpose(2, 3)
         y = made.flatten(3, 4).flatten(1, 2)[:, :height, :width]
@@ -55,8 +58,8 @@ class Winograd(Conv):
 
     def _laid_out(self) -> Tensor:
         made, seen = self.weight.shape[:2]
-        once = self.weight.permute(2, 3, 0, 1).reshape(9, -1)
-        return (maps().weight @ once).view(36 * made, seen, 1, 1)
+        once = self.weight.to(self.dtype).permute(2, 3, 0, 1).reshape(9, -1)
+        return (MAPS.weight @ once).view(36 * made, seen, 1, 1)
 
 
 def tiles(padded: Tensor) -> Tensor:
@@ -99,6 +102,7 @@ def pays(conv: Conv3x3, x: Tensor) -> bool:
     as many. In bfloat16 the product is twice as fast, the way to points is not, and results are too coarse.
     """
     samples, channels, height, width = x.shape
-    wide = min(channels, len(conv.weight)) >= 96
+    made = len(conv.weight)
+    wide = min(channels, made) >= 96 and 4 * SEEN**2 * channels * made <= LARGEST
     enough = samples * -(-height // TILE) * -(-width // TILE) >= conv.least
     return wide and enough and conv.packed and conv.dtype == torch.float32

@@ -9,19 +9,20 @@ Shapes: B batch, C and O channels in and out, H x W pixels, T = B * H/4 * W/4 ti
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 TILE, SEEN = 4, 6
 POINTS = (0.0, 2 / 3, -2 / 3, 3 / 2, -3 / 2)
 """And infinity. They decide how large rounding errors become (Barabasz et al. 2020): 1.7 times those of a direct
 convolution, with the usual 0, 1, -1, 2, -2 four times"""
-WIDE, MANY = 64, 64
-"""Channels and tiles from which it is faster (docs/log.md)"""
+WIDE, MANY = 64, 4
+"""Channels, and tiles of one sample, from which it is faster (docs/log.md). The number of samples does not decide:
+parts of a batch are computed as the whole is, and take as much memory each"""
 
 
 class Maps(NamedTuple):
@@ -35,14 +36,16 @@ class Maps(NamedTuple):
     """[16,36] points => pixels"""
 
 
-@cache
-def maps() -> Maps:
+def _maps() -> Maps:
     def powers(count: int) -> Tensor:
         finite = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(count)
         return torch.cat([finite, torch.eye(count, dtype=torch.float64)[-1:]])  # of infinity the last alone
 
     parts = torch.linalg.inv(powers(SEEN)).T, powers(3), powers(TILE).T
     return Maps(*(torch.kron(part, part).float() for part in parts))
+
+
+MAPS = _maps()
 
 
 class Conv3x3(nn.Conv2d):
@@ -63,8 +66,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if not plain or torch.is_autocast_enabled("cpu") or x.shape[2] % TILE or x.shape[3] % TILE:
         return False
-    count = len(x) * (x.shape[2] // TILE) * (x.shape[3] // TILE)
-    return min(weight.shape[:2]) >= WIDE and count >= MANY
+    return min(weight.shape[:2]) >= WIDE and (x.shape[2] // TILE) * (x.shape[3] // TILE) >= MANY
 
 
 class Winograd(torch.autograd.Function):
@@ -73,26 +75,27 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         samples, channels, height, width = x.shape
-        seen = (maps().seen @ taken_apart(x)).view(SEEN**2, -1, channels)
+        seen = (MAPS.seen @ taken_apart(x)).view(SEEN**2, -1, channels)
         weights = weight.permute(2, 3, 0, 1).reshape(9, -1)
-        weights = (maps().weight @ weights).view(SEEN**2, -1, channels)
-        made = maps().made @ (seen @ weights.mT).flatten(1)
+        weights = (MAPS.weight @ weights).view(SEEN**2, -1, channels)
+        made = MAPS.made @ (seen @ weights.mT).flatten(1)
         made = made.view(TILE, TILE, samples, height // TILE, width // TILE, -1).permute(2, 3, 0, 4, 1, 5)
         ctx.save_for_backward(seen, weights)
         ctx.shape = x.shape
         return made.reshape(samples, height, width, -1).add_(bias).permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable  # what is saved here has no gradient of its own
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
         seen, weights = ctx.saved_tensors
         channels = ctx.shape[1]
         tiles = gradient.permute(0, 2, 3, 1).unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE))
         made = tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
-        made = (maps().made.T @ made).view(SEEN**2, -1, gradient.shape[1])
+        made = (MAPS.made.T @ made).view(SEEN**2, -1, gradient.shape[1])
         into = None
         if ctx.needs_input_grad[0]:
-            into = put_together(maps().seen.T @ (made @ weights).flatten(1), ctx.shape)
-        weight = (maps().weight.T @ (made.mT @ seen).flatten(1)).view(3, 3, -1, channels)
+            into = put_together(MAPS.seen.T @ (made @ weights).flatten(1), ctx.shape)
+        weight = (MAPS.weight.T @ (made.mT @ seen).flatten(1)).view(3, 3, -1, channels)
         return into, weight.permute(2, 3, 0, 1), gradient.sum((0, 2, 3))
 
 

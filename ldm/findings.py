@@ -76,11 +76,14 @@ class Findings:
         splits = "which splits the batch and changes nothing else"
         if not self.foreseen:
             return f"raise run.accumulate, {splits}, or {lower}"
-        phases = {"a training step": self.foreseen} | self.peaks
+        phases = self.peaks if "training" in self.peaks else {"a training step": self.foreseen} | self.peaks
         takes = ", ".join(f"{phase} takes about {gigabytes(count)}" for phase, count in phases.items())
         kinds = ", ".join(f"{name} {gigabytes(count)}" for name, count in self.bytes.items())
         known = f"{takes}, of {gigabytes(self.room)}; in a step {kinds}"
-        if self.foreseen <= self.room:
+        larger = [phase for phase, count in phases.items() if count > self.room]
+        if larger and self.foreseen <= self.room:
+            return f"{known}; {' and '.join(larger)} can't fit: end other programs, or lower data.size or the network"
+        if not larger:
             return f"{known}; that fits if nothing else takes memory: end other programs, or {lower}"
         fitting = next(((n, count) for n, count in self.by_accumulate.items() if count <= self.room), None)
         if fitting is None:

@@ -30,8 +30,6 @@ IMMATERIAL = (
     "validation",
     "readiness",
     "workers",
-    "sampler",
-    "spacing",
     "autoencoder",
     "data.path",
     "data.bad_share",
@@ -39,6 +37,8 @@ IMMATERIAL = (
 )
 """Settings that may change between two starts of one run without changing what it learns: the contract holds the
 autoencoder and the pictures, wherever they lie. Neither does run.steps before the learning rate has begun to fall."""
+OF_THE_RESULT = ("sampler", "spacing")
+"""These are written into the model that a run ends with, and may change until then."""
 
 
 def open_folder(out: Path, recipe: Any) -> list[str]:
@@ -67,7 +67,9 @@ def changed_settings(out: Path, recipe: Any) -> list[str]:
         return []
     before = filled(yaml.safe_load(saved.read_text()), recipe)
     changed = differences(before, plain(recipe))
-    may_change = IMMATERIAL + (("run.steps",) if _same_rates(out, recipe, before["run"]["steps"]) else ())
+    steps = before["run"]["steps"]
+    may_change = IMMATERIAL + (("run.steps",) if _same_steps(out, recipe, steps) else ())
+    may_change += () if is_finished(out, steps) else OF_THE_RESULT
     material = [change for change in changed if not change.startswith(may_change)]
     if material:
         raise UserError(
@@ -77,12 +79,14 @@ def changed_settings(out: Path, recipe: Any) -> list[str]:
     return changed
 
 
-def _same_rates(out: Path, recipe: Any, steps: int) -> bool:
-    """Whether all steps done so far of a run of `steps` had the learning rates that the recipe's number gives them."""
+def _same_steps(out: Path, recipe: Any, steps: int) -> bool:
+    """Whether all steps done so far of a run of `steps` were those of a run of as many as the recipe says."""
     done = max((int(step.name.removeprefix("step-")) for step in out.glob("checkpoints/step-*")), default=0)
     schedules = [recipe.optimizer]
     if hasattr(recipe, "gan_optimizer") and recipe.loss.gan.weight:
         schedules.append(recipe.gan_optimizer)
+    if done == steps and getattr(recipe, "kind", "") == "vq":
+        return False  # the last step starts no unused codes again
     return done <= recipe.run.steps and all(
         rates.rate(step, steps) == rates.rate(step, recipe.run.steps)
         for rates in schedules

@@ -230,6 +230,7 @@ def restore(
     return averaged(pixels, whole.width, whole.height)
 
 
+@torch.no_grad()
 def damage_level(
     model: LatentDiffusion, picture: Image.Image, noise: float | None, jpeg: int | None, seed: int
 ) -> float:

@@ -51,7 +51,8 @@ def test_processes_and_batches_do_not_change_the_figures(
             np.asarray(Image.open(p.with_name(f"{p.stem}-drawn.png"))).astype(int)
             for p in (result, tmp_path / f"{name}.json")
         ]
-        assert abs(drawn[0] - drawn[1]).max() <= 1  # of 255
+        # 1 of 255 in a picture, which the sheet enlarges with weights whose sizes add up to more than 1
+        assert abs(drawn[0] - drawn[1]).max() <= 2
 
 
 def test_the_result_says_how_it_was_measured(result: Path, chain: Path) -> None:

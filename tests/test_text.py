@@ -15,7 +15,7 @@ from ldm.conditioning import ClassAndText, ConditioningConfig, Text, make_condit
 from ldm.config import UserError
 from ldm.encoders import TextConfig
 from pipelines import LatentDiffusion
-from pipelines.shipped.pipeline import LatentDiffusionPipeline
+from pipelines.publishing.shipped.pipeline import LatentDiffusionPipeline
 from tests.encoders import CAPTIONS, ENCODERS, PROJECTED, WIDTH, conditioner, config, model_of
 from tests.support import ROOT
 
