@@ -186,6 +186,9 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
         data_at(None, str(run))
 
 
+SWEEP = ("--model", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "/nowhere/x.png")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -219,6 +222,9 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
         ),
         (["sweep", "steps", "1", "--model", "{ldm}", "--data", "{data}", "--out", "x.json"], "ends in .png"),
         (["sweep", "steps", "1", "--model", "{ldm}", "--data", "{data}", "--out", "x"], "ends in .png"),
+        (["sweep", "sampler", "ddim", "foo", *SWEEP], "sampler is 'foo'"),
+        (["sweep", "steps", "1", "0", *SWEEP], "steps is 0"),
+        (["sweep", "guidance", "1", "nan", *SWEEP], "guidance scale is nan"),
         (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json can't be read"),
         (
             ["compare", "{ldm}/model/model_index.json", "{ldm}/model/model_index.json"],
@@ -241,3 +247,4 @@ def test_bad_input_is_one_sentence(
         ldm([word.format(**places) for word in words])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and message in said and "Traceback" not in said
+    assert not Path("/nowhere").exists()

@@ -12,11 +12,13 @@ from PIL import Image
 
 import train_ldm
 from ldm.config import UserError
+from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.publishing import gate
-from pipelines.publishing.publication import Publication
+from pipelines.publishing.publication import FinishedRun, Publication
 from pipelines.publishing.publish import publish
 from pipelines.publishing.release import listed
+from pipelines.publishing.samples import request_for
 from pipelines.publishing.upload import HubSession, upload
 from tests.hub import Hub
 from tests.support import ROOT, TOY
@@ -150,6 +152,7 @@ def test_the_cards_say_what_the_models_do(shelf) -> None:
         ("upscale", ["--prompt", "a pear"], "--prompt is given, but this model draws without"),
         ("upscale", ["--picture", "nowhere.png"], "nowhere.png"),
         ("inpaint", ["--prompt", "a", "--prompt", "b", "--picture", "{picture}"], "2 prompts for 1 pictures"),
+        ("ldm", ["--prompt", "a"] * 101, "There would be 101 samples; give at most 100"),
     ],
 )
 def test_bad_requests_are_one_sentence(
@@ -161,6 +164,15 @@ def test_bad_requests_are_one_sentence(
         ldm(["publish", str(folder), "me/it", "--license", "mit", "--dry-run", *words])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and sentence in said and "Traceback" not in said
+
+
+def test_classes_are_those_that_were_asked_for_and_captions_those_of_the_data(shelf, fruit: Path) -> None:
+    run = FinishedRun(shelf[0] / "run-class+text")
+    what = Publication(model=run.folder, name="me/it", license="mit", classes=("lime",), data=str(fruit))
+    model, source = LatentDiffusion.from_pretrained(run.model), run.source(str(fruit))
+    request = request_for(what, run, model, source)
+    assert request.prompts == tuple(dict.fromkeys(source.texts))[:8]
+    assert request.classes == ("lime",) * request.count
 
 
 def test_a_checker_looks_at_what_is_given_too() -> None:

@@ -22,6 +22,7 @@ from ldm.checks import require_int
 from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
 from ldm.data import Source
+from ldm.guidance import Guidance
 from ldm.sampling import slices
 from pipelines.latent_diffusion import LatentDiffusion
 
@@ -115,6 +116,12 @@ def draw(model: LatentDiffusion, say: dict[str, list[str]], share: Share, how: D
 
     (pixels,) = share.made(make, "drawing")
     return pixels
+
+
+def require_drawing(model: LatentDiffusion, how: Drawing) -> None:
+    """ValueError if the model can't draw so."""
+    Guidance(scale=how.guidance)
+    model.sampler_for(how.sampler, how.steps, model.latent_shape(None))
 
 
 def bytes_of(images: Sequence[Image.Image]) -> Tensor:

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from ldm.config import UserError
 from pipelines.evaluation.bench import Bench, Evaluation
 from pipelines.evaluation.compare import less_is_better, read_result
-from pipelines.evaluation.drawn import how_drawn, training_pictures
+from pipelines.evaluation.drawn import drawer, how_drawn, training_pictures
 from pipelines.evaluation.evaluate import measure
+from pipelines.evaluation.generation import require_drawing
 from pipelines.evaluation.protocol import differing
 from pipelines.evaluation.subjects import kind_of
 from pipelines.reports.run_plots import tidy
@@ -30,13 +31,17 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
 
     Raises:
         UserError: the model draws nothing.
+        ValueError: one of the values can't be drawn with; nothing was measured then.
     """
     if kind_of(model) != "latent diffusion":
         raise UserError(f"{model} is an autoencoder, which draws nothing: there is no {setting} to vary.")
-    files = []
-    for value in dict.fromkeys(values):
+    bench, files = Bench(model, what), []
+    drawings = {value: replace(what.drawing, **{setting: value}) for value in values}
+    for drawing in drawings.values():
+        require_drawing(drawer(bench), drawing)
+    for value, drawing in drawings.items():
         file = folder / f"{setting}-{value}.json"
-        bench = Bench(model, replace(what, drawing=replace(what.drawing, **{setting: value})))
+        bench.what = replace(what, drawing=drawing)
         if not measured_before(file, bench):
             measure(bench, file)
         files.append(file)

@@ -29,6 +29,8 @@ from pipelines.stages.showing import ShowConfig, prompts_to_show
 
 COUNT = 4
 """Pictures, if nobody says how many"""
+MOST = 100
+"""Pictures: their names have two digits"""
 
 
 class Given(NamedTuple):
@@ -103,6 +105,8 @@ def request_for(
             )
         prompts, classes = (words and tuple(islice(cycle(words), len(given))) for words in (prompts, classes))
     count = len(given) or len(prompts or ()) or COUNT
+    if count > MOST:
+        raise UserError(f"There would be {count} samples; give at most {MOST}, with --prompt or --picture.")
     guidance = float(run.recipe["show"]["guidance"])
     return Request(prompts=prompts, classes=classes, given=given, count=count, guidance=guidance)
 
@@ -162,6 +166,10 @@ def words_for(
         prompts = labels.classes[: 2 * COUNT]
     if not prompts and (source is None or not source.texts):
         raise UserError("Which captions to draw samples of is not said; give --prompt CAPTION, or --data.")
+    if not prompts and classes:
+        assert source and source.texts
+        count = 2 * COUNT if len(classes) == 1 else len(classes)
+        prompts = tuple(dict.fromkeys(source.texts))[:count]
     if prompts:
         told: dict[str, Any] = {"prompts": prompts, "classes": classes}
     else:
