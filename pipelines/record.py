@@ -63,6 +63,8 @@ class Record:
     """Its place among them, from 0"""
     drawn_on: str
     """Version and kind of device, on which the last bits of a picture depend"""
+    watermark: str | None = None
+    """What was put into its pixels after it was drawn"""
 
     def notes(self) -> dict[str, object]:
         """What to write into the file, by key."""

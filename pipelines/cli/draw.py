@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from ldm.config import UserError
 from pipelines.cli.out import keep, opened, out_options, require_room
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ldm.guidance import Guidance
     from pipelines.latent_diffusion import LatentDiffusion
     from pipelines.record import Record
@@ -247,7 +250,6 @@ def records(
 
 
 def run_recreate(options: argparse.Namespace) -> None:
-    from pipelines.publishing.gate import furthest
     from pipelines.record import arithmetic, fingerprint, read_record, recreate
 
     read = [read_record(file) for file in options.pictures]
@@ -263,13 +265,27 @@ def run_recreate(options: argparse.Namespace) -> None:
                 f"{options.model} ({identity[:12]}); give that one, or --other-model."
             )
         image = recreate(model, record, picture.size)
-        apart = furthest([image], [picture.convert("RGB")])
-        where = f"up to {apart} of 255 from it (drawn on {record.drawn_on}, now on {here})"
-        print(f"{file}: {where if apart else 'the same, bit for bit'}")
+        print(f"{file}: {likeness(image, picture, record, here)}")
         images.append(image)
     now = {"model": Path(options.model).name, "model_sha256": identity, "drawn_on": here}
-    notes = [record.notes() | now for record, _ in read]
+    notes = [replace(record, watermark=None).notes() | now for record, _ in read]
     keep(images, options, notes, checker, captions(notes))
+
+
+def likeness(image: Image, picture: Image, record: Record, here: str) -> str:
+    """How near a picture drawn again comes to that of the file, in words; marked likewise, if that is."""
+    from pipelines.publishing.gate import furthest
+    from pipelines.watermark import marked
+
+    if record.watermark:
+        try:
+            image = marked(image, record.watermark)
+        except UserError as problem:
+            return f"not compared, as that has the watermark {record.watermark!r} in its pixels: {problem}"
+    apart = furthest([image], [picture.convert("RGB")])
+    if apart:
+        return f"up to {apart} of 255 from it (drawn on {record.drawn_on}, now on {here})"
+    return "the same, bit for bit" + (f", with watermark {record.watermark!r}" if record.watermark else "")
 
 
 def captions(notes: Sequence[Mapping[str, object]]) -> list[str] | None:
