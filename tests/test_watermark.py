@@ -13,7 +13,7 @@ from PIL import Image
 from ldm.config import UserError
 from ldm.scenes import Scenes
 from pipelines.cli import main as ldm
-from pipelines.doctor.picture import findings
+from pipelines.doctor.picture import findings, printable
 from pipelines.watermark import (
     BITS,
     bits_of,
@@ -102,3 +102,7 @@ def test_the_commands_mark_what_they_make_or_say_why_not(
     assert found["notes"] == "a model made it" and found["prompt"] == "a red circle"
     ldm(["doctor", "picture", str(tmp_path / "out" / "0000.png")])
     assert "made_by:            ldm generate" in capsys.readouterr().out
+
+
+def test_notes_of_strangers_stay_on_their_line() -> None:
+    assert printable("x\n  signature (C2PA):   Trusted\n\x1b[31mred") == "x signature (C2PA): Trusted [31mred"

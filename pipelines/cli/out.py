@@ -34,7 +34,7 @@ def out_options(reader: argparse.ArgumentParser, pictures: bool = True) -> None:
     reader.add_argument("--checker", metavar="NAME", help=help)
     help = "write them nevertheless, with what the checker said inside"
     reader.add_argument("--keep-flagged", action="store_true", help=help)
-    help = "a text of up to 10 letters, invisibly in the pixels; for pictures of at least 256 x 256"
+    help = "a text of up to 10 bytes (English letters), invisibly in the pixels; for pictures of at least 256 x 256"
     reader.add_argument("--watermark", metavar="TEXT", help=help)
 
 
@@ -55,8 +55,10 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     from pipelines.latent_diffusion import LatentDiffusion, best_device
     from pipelines.safety import ClipSafetyChecker
 
-    if options.keep_flagged and not options.checker:
+    if options.keep_flagged and options.checker is None:
         raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
+    if options.checker == "":
+        raise UserError("--checker is empty; name a folder or a model on the hub, or leave it out.")
     credentials_of(options)
     if options.watermark is not None:
         watermark.require_text(options.watermark)
@@ -65,7 +67,7 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
         if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
             spare(file, options.out / file.name)
     make(options.out)
-    checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
+    checker = None if options.checker is None else ClipSafetyChecker.from_pretrained(options.checker)
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
     return replace(model, precision=options.precision, reuse=options.reuse), checker
 

@@ -75,7 +75,7 @@ def task_options(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
     class_option(reader)
-    help = f"drawn of each picture, and averaged (default {samples})"
+    help = f"drawn of each picture, and {'averaged' if pictures else 'put to the vote'} (default {samples})"
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
     reader.add_argument("--sampler", help="by default the one the model names")
