@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,11 +80,15 @@ def require_room(options: argparse.Namespace, size: tuple[int, int]) -> None:
 
 
 def make(out: Path) -> None:
-    """Make the folder for what is drawn; UserError if it can't be."""
+    """Make the folder for what is drawn; UserError if it can't be, or can't be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as problem:
-        raise UserError(f"--out is {out}, which can't be made a folder: {problem.strerror}.") from None
+        raise UserError(
+            f"--out is {out}, which can't be a folder for pictures: {problem.strerror}."
+        ) from None
 
 
 def spare(read: Path, written: Path) -> None:

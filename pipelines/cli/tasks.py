@@ -96,7 +96,10 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
-        spare(file, options.out / f"{file.stem}.png")
+        written = options.out / f"{file.stem}.png"
+        spare(file, written)
+        if written.exists() and file.parent.resolve() == options.out.resolve():
+            raise UserError(f"{written} lies beside {file} and would be replaced; choose another --out.")
     for file in tqdm(options.pictures, unit="img", disable=len(options.pictures) == 1):
         yield read_picture(file), options.out / file.stem
 
