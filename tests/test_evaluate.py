@@ -217,6 +217,8 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
             ["sweep", "steps", "1.5", "--model", "{ldm}", "--data", "{data}", "--out", "x.png"],
             "steps is a int",
         ),
+        (["sweep", "steps", "1", "--model", "{ldm}", "--data", "{data}", "--out", "x.json"], "ends in .png"),
+        (["sweep", "steps", "1", "--model", "{ldm}", "--data", "{data}", "--out", "x"], "ends in .png"),
         (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json can't be read"),
         (
             ["compare", "{ldm}/model/model_index.json", "{ldm}/model/model_index.json"],

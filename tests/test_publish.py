@@ -20,7 +20,7 @@ from pipelines.cli import main as ldm
 from pipelines.evaluation.memorisation import find_copies
 from pipelines.publishing import gate
 from pipelines.publishing.card import cell
-from pipelines.publishing.publish import Publication, emptied, publish
+from pipelines.publishing.publish import Publication, publish, require_release
 from pipelines.publishing.release import ALLOWED, listed, search_secrets, write_release
 from tests.hub import Hub
 from tests.support import ROOT, ran
@@ -165,25 +165,26 @@ def test_what_float16_can_not_hold_is_not_published(chain: Path, tmp_path: Path)
     assert before.safe and not after.safe and after.where == "unet.conv_in"
 
 
-def test_a_stock_pipeline_that_hangs_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stock_pipeline_that_hangs_is_one_sentence_and_leaves_half_a_release_nowhere(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gate, "SECONDS", 0.1)
-    request = gate.Request(prompts=("x",), count=1)
     with pytest.raises(
         UserError, match=r"did not draw 1 pictures within 0.1 seconds, so nothing was published"
     ):
-        gate.drawn_by_stock(tmp_path, "StableDiffusionPipeline", request, tmp_path)
+        publish(Publication(model=chain / "ldm", **BASE, out=tmp_path / "out", half=False))
+    assert [path.name for path in tmp_path.iterdir()] == ["out-samples.png"]
 
 
-def test_only_an_earlier_release_is_removed(tmp_path: Path) -> None:
+def test_only_an_earlier_release_is_replaced(tmp_path: Path) -> None:
     for name in ("manifest.json", "samples/00.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(UserError, match="holds something else than a release"):
-        emptied(tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+        require_release(tmp_path)
     (tmp_path / "thesis.tex").unlink()
-    assert not [*emptied(tmp_path).iterdir()]
+    require_release(tmp_path)
 
 
 def test_pictures_that_differ_stop_it() -> None:

@@ -14,6 +14,9 @@ from pipelines.cli.draw import MODEL
 if TYPE_CHECKING:
     from pipelines.evaluation.bench import Evaluation
 
+FIGURES = (".png", ".svg", ".pdf")
+"""What a plot is saved as"""
+
 
 def add_evaluate(verbs: Any) -> None:
     """Add the verbs to the command's sub-parsers."""
@@ -154,6 +157,10 @@ def run_sweep(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.setting} is a {kind.__name__}, but the values are {options.values}."
         ) from None
+    if options.out.suffix not in FIGURES:
+        raise UserError(
+            f"--out is {options.out}, but must be the name of a picture that ends in {', '.join(FIGURES)}."
+        )
     folder = options.out.with_suffix("")
     files = sweep(options.model, evaluation(options), options.setting, values, folder)
     if PartialState().is_main_process:

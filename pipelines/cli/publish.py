@@ -20,7 +20,8 @@ def add_publish(verbs: Any) -> None:
     )
     verb.add_argument("--private", action="store_true", help="for members of the namespace only")
     verb.add_argument("--dry-run", action="store_true", help="do and show everything, upload nothing")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="leave what is published there, to look at")
+    help = "leave what is published there, to look at, and all samples on DIR-samples.png (replaces earlier ones)"
+    verb.add_argument("--out", type=Path, metavar="DIR", help=help)
     verb.add_argument(
         "--about", default="", metavar="TEXT", help="what the training pictures are, on which terms"
     )

@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from autoencoder.files import written_beside
 from autoencoder.store import weight_hash
 from ldm.conditioning import Words, labels_of, text_of
 from ldm.config import UserError
@@ -61,11 +62,11 @@ def publish(what: Publication) -> str:
     request = request_for(what, run, model, source)
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
-        release = scratch / "release" if what.out is None else emptied(what.out)
+        release = scratch / "release"
         print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
         scan, images = scan_half(model, partial(request.drawn_by, progress=True))
         if what.out:
-            sheet_of(images, request).save(f"{what.out}-samples.png", pnginfo=provenance())
+            save_sheet(images, request, Path(f"{what.out}-samples.png"))
         if what.half and not scan.safe:
             raise UserError(
                 f"{scan.where} reaches {scan.largest:.3g}, more than float16 can hold (65504), so nothing was "
@@ -114,6 +115,8 @@ def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
         UserError: for what would else fail, or be found useless, after all has been drawn.
     """
     require_diffusers()
+    if what.out:
+        require_release(what.out)
     if what.credentials and not (what.checker or what.looked_at):
         raise UserError(
             "--credentials sign samples, of which none are published without --checker or --looked-at."
@@ -153,22 +156,29 @@ def build(model: LatentDiffusion, release: Path, stock: Path, what: Publication)
     return str(kind)
 
 
-def sheet_of(images: list[Image.Image], request: Request) -> Image.Image:
-    """The samples, below each what it was made of or told."""
+def save_sheet(images: list[Image.Image], request: Request, file: Path) -> None:
+    """The samples, to look at, below each what it was made of or told."""
     if request.given:
-        return side_by_side([one.picture for one in request.given], images, labels=("given", "made"))
-    told = [request.told(i) for i in range(request.count)]
-    return contact_sheet(images, told if any(told) else None)
+        sheet = side_by_side([one.picture for one in request.given], images, labels=("given", "made"))
+    else:
+        told = [request.told(i) for i in range(request.count)]
+        sheet = contact_sheet(images, told if any(told) else None)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file, pnginfo=provenance())
+    print(f"     the samples, to look at: {file}")
 
 
 def send(what: Publication, release: Path, token: str) -> str:
-    """Search what is to be sent for secrets, list it, and upload it unless this is a dry run."""
+    """Search what is to be sent for secrets, list it, leave it in --out, and upload it unless this is a dry run."""
     print("4/5  searching every file for keys, tokens and paths of this machine", flush=True)
     files = listed(release)
     home = {str(Path.home()): "the path of your home folder"} if len(str(Path.home())) > 1 else {}
     search_secrets(release, home | ({token: "your token for the hub"} if token else {}))
     for name, about in files.items():
         print(f"     {about['size']:>14,}  {name}")
+    if what.out:
+        with written_beside(what.out.resolve()) as fresh:
+            shutil.copytree(release, fresh, dirs_exist_ok=True)
     if what.dry_run:
         where = f"; it lies in {what.out}" if what.out else ""
         print(f"5/5  a dry run: these files would go to {what.name}, and nothing else{where}")
@@ -180,15 +190,12 @@ def send(what: Publication, release: Path, token: str) -> str:
     return address
 
 
-def emptied(out: Path) -> Path:
-    """A new folder, or one that holds an earlier release."""
+def require_release(out: Path) -> None:
+    """UserError unless a folder is new, empty, or holds an earlier release, which will be replaced."""
     if out.exists() and any(out.iterdir()):
         files = [path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()]
         if MANIFEST not in files or not all(map(ALLOWED.fullmatch, files)):
             raise UserError(f"{out} holds something else than a release; give an empty folder with --out.")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
-    return out
 
 
 def words_of(model: LatentDiffusion) -> Words:
