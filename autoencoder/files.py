@@ -37,6 +37,18 @@ def written_beside(target: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def require_replaceable(target: Path, mark: str) -> None:
+    """That a folder may be replaced: it is not there, empty, or holds the file `mark` of what lay there before.
+
+    Raises:
+        FileExistsError: it holds something else.
+    """
+    if target.exists() and not (target / mark).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(
+            f"{target} is there already and holds something else; choose a new or empty folder."
+        )
+
+
 def mend(folder: Path, name: str = "*") -> None:
     """Remove what killed writes have left in `folder`: of `name`, or of all. Nothing may be writing there now."""
     for old in sorted(folder.glob(f".{name}.old")):

@@ -105,7 +105,7 @@ def state(picture: Path) -> str | None:
     try:
         with c2pa.Reader(str(picture)) as reader:
             return str(reader.get_validation_state())
-    except c2pa.C2paError.ManifestNotFound:
+    except (c2pa.C2paError.ManifestNotFound, c2pa.C2paError.NotSupported):
         return None
 
 

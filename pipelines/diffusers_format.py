@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autoencoder.files import written_beside
+from autoencoder.files import require_replaceable, written_beside
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from autoencoder.untrusted import inside, read_json
@@ -40,7 +40,12 @@ FILES = ["model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.mode
 
 
 def save(model: LatentDiffusion, folder: Path) -> None:
-    """Write `model` to `folder`, taking the place of what was there only when all of it is written."""
+    """Write `model` to `folder`, taking the place of a model that was there only when all of it is written.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    require_replaceable(folder, INDEX)
     parts: dict[str, Any] = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],

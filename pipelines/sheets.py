@@ -6,8 +6,11 @@ import json
 import math
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from ldm.config import UserError
 
 GAP = 8
 INK, PAPER, FAILED = "#222222", "#ffffff", "#c0392b"
@@ -44,6 +47,15 @@ def contact_sheet(
             brush.multiline_text((x, y + tile + 3), "\n".join(texts[i]), ink, font=font, spacing=2)
     sheet.info["tiles"] = json.dumps(places)
     return sheet
+
+
+def sheet_beside(result: Path) -> Path:
+    """Where the contact sheet of a result lies; UserError if the result is not to be a file FILE.json."""
+    if result.suffix != ".json" or result.is_dir():
+        raise UserError(
+            f"--out is {result}, but must name a file .json; a sheet with its name lies beside it."
+        )
+    return result.with_suffix(".png")
 
 
 def tiles(sheet: Image.Image) -> list[tuple[str, Image.Image]]:

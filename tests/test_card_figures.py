@@ -10,6 +10,7 @@ import torch
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from pipelines import LatentDiffusion
+from pipelines.publishing.card import leaf, published_recipe
 from pipelines.publishing.card_figures import evaluated
 
 
@@ -34,3 +35,17 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluations" / "a.json").write_text('{"figures": {}}')
     with pytest.raises(UserError, match=r"a\.json is no result of ldm evaluate"):
         evaluated(tmp_path, "0" * 64)
+
+
+def test_the_card_says_no_path_of_the_author() -> None:
+    recipe = {
+        "run": {"out": "runs/a", "steps": 3, "tracker": "none"},
+        "data": {"path": "acme/photos"},
+        "start": "../clients/acme/vae",
+        "loss": {"lpips": {"weights": "../alice/acme/lpips.safetensors"}},
+        "autoencoder": "stabilityai/sd-vae-ft-mse",
+    }
+    said = published_recipe(recipe)
+    assert "acme" not in said and "alice" not in said and "runs/a" not in said
+    assert "stabilityai/sd-vae-ft-mse" in said and "photos" in said
+    assert leaf(["hub:acme/photos", "~/acme/more"], hub=False) == "hub:acme/photos, more"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from autoencoder.files import written_beside
+from autoencoder.files import require_replaceable, written_beside
 from ldm import checkpoint
 from ldm.optim import OptimizerConfig, make_optimizer
 from tests.support import flip, truncate, zero
@@ -143,3 +143,16 @@ def test_a_tied_weight_is_kept_once_and_comes_back_in_both_places(tmp_path: Path
     assert len(load_file(tmp_path / "step-00000001" / "model.safetensors")) == 1
     checkpoint.restore(tmp_path / "step-00000001", {"model": again})
     assert torch.equal(again[1].weight, model[0].weight) and again[1].weight is again[0].weight
+
+
+def test_only_what_bears_the_mark_is_replaced(tmp_path: Path) -> None:
+    thesis = tmp_path / "mine" / "thesis.txt"
+    require_replaceable(thesis.parent, "model_index.json")
+    thesis.parent.mkdir()
+    require_replaceable(thesis.parent, "model_index.json")
+    thesis.write_text("precious")
+    for taken in (thesis.parent, thesis):
+        with pytest.raises(FileExistsError, match="holds something else"):
+            require_replaceable(taken, "model_index.json")
+    (thesis.parent / "model_index.json").write_text("{}")
+    require_replaceable(thesis.parent, "model_index.json")

@@ -310,9 +310,12 @@ def test_the_command_line_has_files_in_and_out(
             ["restore", str(runs / "restore"), files[0], "--jpeg", "9", "--out", str(tmp_path / "x")],
             "sees for itself",
         ),
-        (["recover", str(chain / "ldm"), "--blur", "1", "--out", str(tmp_path / "y")], "no blur is undone"),
-        (["recover", str(runs / "restore"), "--out", str(tmp_path)], "which is a folder"),
-        (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x")], "seed is -1"),
+        (
+            ["recover", str(chain / "ldm"), "--blur", "1", "--out", str(tmp_path / "y.json")],
+            "no blur is undone",
+        ),
+        (["recover", str(runs / "restore"), "--out", str(tmp_path)], "must name a file .json"),
+        (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x.json")], "seed is -1"),
     ):
         with pytest.raises(SystemExit) as stopped:
             ldm(words)

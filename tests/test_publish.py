@@ -134,11 +134,11 @@ def test_captions_do_not_break_the_tables_of_the_card() -> None:
     assert cell("a | b\n[c]") == r"a \| b \[c\]" and cell("") == ""
 
 
-def test_a_dry_run_needs_no_hub_and_lists_what_would_go(chain: Path, tmp_path: Path, capsys) -> None:
-    assert (
-        publish(Publication(model=chain / "ldm", **BASE, out=tmp_path / "out", half=False, shard="20KB"))
-        == ""
-    )
+def test_a_dry_run_needs_no_hub_and_lists_what_would_go(
+    chain: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # --out is where the person stands
+    assert publish(Publication(model=chain / "ldm", **BASE, out=Path("out"), half=False, shard="20KB")) == ""
     listed_names = set(re.findall(r"^ +[\d,]+  (\S+)$", capsys.readouterr().out, re.M))
     there = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert listed_names == there - {"manifest.json"} and not any("sample" in name for name in there)

@@ -15,7 +15,7 @@ from ldm.config import UserError
 from ldm.scenes import Scenes
 from pipelines.cli import main as ldm
 from pipelines.cli.out import write
-from pipelines.doctor.picture import findings
+from pipelines.doctor.picture import findings, printable
 from pipelines.watermark import (
     BITS,
     bits_of,
@@ -124,3 +124,7 @@ def test_the_commands_mark_what_they_make_or_say_why_not(
     monkeypatch.setitem(sys.modules, "blind_watermark", None)
     ldm(again)
     assert "not compared, as that has the watermark 'me'" in capsys.readouterr().out
+
+
+def test_notes_of_strangers_stay_on_their_line() -> None:
+    assert printable("x\n  signature (C2PA):   Trusted\n\x1b[31mred") == "x signature (C2PA): Trusted [31mred"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import command
-from pipelines.cli import doctor as cli_doctor
+from pipelines.cli.doctor import add_doctor
 from pipelines.cli.draw import MODEL, add_draw, spoken
 from pipelines.cli.edit import add_edit
 from pipelines.cli.evaluate import add_evaluate
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     name.set_defaults(run=run_recognise)
 
-    cli_doctor.add_doctor(verbs)
+    add_doctor(verbs)
     add_publish(verbs)
     add_plot(verbs)
     add_evaluate(verbs)

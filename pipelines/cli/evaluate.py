@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoencoder.files import require_replaceable
 from ldm.config import UserError
 from pipelines.cli.draw import MODEL
 
@@ -175,8 +176,9 @@ def run_compare(options: argparse.Namespace) -> None:
 
 def run_classifier(options: argparse.Namespace) -> None:
     from ldm.data import DataConfig
-    from pipelines.evaluation.classifier import save_recogniser, train_recogniser
+    from pipelines.evaluation.classifier import WEIGHTS, save_recogniser, train_recogniser
 
+    require_replaceable(options.out, WEIGHTS)
     found = train_recogniser(DataConfig(path=options.data, size=options.size), epochs=options.epochs)
     save_recogniser(found, options.out)
     named = (

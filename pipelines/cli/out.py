@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ def out_options(reader: argparse.ArgumentParser, pictures: bool = True) -> None:
     reader.add_argument("--checker", metavar="NAME", help=help)
     help = "write them nevertheless, with what the checker said inside"
     reader.add_argument("--keep-flagged", action="store_true", help=help)
-    help = "a text of up to 10 letters, invisibly in the pixels; for pictures of at least 256 x 256"
+    help = "a text of up to 10 bytes (English letters), invisibly in the pixels; for pictures of at least 256 x 256"
     reader.add_argument("--watermark", metavar="TEXT", help=help)
 
 
@@ -55,8 +56,10 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     from pipelines.latent_diffusion import LatentDiffusion, best_device
     from pipelines.safety import ClipSafetyChecker
 
-    if options.keep_flagged and not options.checker:
+    if options.keep_flagged and options.checker is None:
         raise UserError("--keep-flagged is given without --checker, so that nothing would be flagged.")
+    if options.checker == "":
+        raise UserError("--checker is empty; name a folder or a model on the hub, or leave it out.")
     credentials_of(options)
     if options.watermark is not None:
         watermark.require_text(options.watermark)
@@ -65,7 +68,7 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
         if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
             spare(file, options.out / file.name)
     make(options.out)
-    checker = ClipSafetyChecker.from_pretrained(options.checker) if options.checker else None
+    checker = None if options.checker is None else ClipSafetyChecker.from_pretrained(options.checker)
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
     return replace(model, precision=options.precision, reuse=options.reuse), checker
 
@@ -77,11 +80,15 @@ def require_room(options: argparse.Namespace, size: tuple[int, int]) -> None:
 
 
 def make(out: Path) -> None:
-    """Make the folder for what is drawn; UserError if it can't be."""
+    """Make the folder for what is drawn; UserError if it can't be, or can't be written to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as problem:
-        raise UserError(f"--out is {out}, which can't be made a folder: {problem.strerror}.") from None
+        raise UserError(
+            f"--out is {out}, which can't be a folder for pictures: {problem.strerror}."
+        ) from None
 
 
 def spare(read: Path, written: Path) -> None:

@@ -75,7 +75,7 @@ def task_options(
         "--prompt", metavar="TEXT", help="a caption or the name of a class, if it is told one"
     )
     class_option(reader)
-    help = f"drawn of each picture, and averaged (default {samples})"
+    help = f"drawn of each picture, and {'averaged' if pictures else 'put to the vote'} (default {samples})"
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
     reader.add_argument("--sampler", help="by default the one the model names")
@@ -96,7 +96,10 @@ def each(options: argparse.Namespace) -> Iterator[tuple[Image.Image, Path]]:
                 f"Two pictures are named {name}, whose results would lie in one file; rename one."
             )
     for file in options.pictures:
-        spare(file, options.out / f"{file.stem}.png")
+        written = options.out / f"{file.stem}.png"
+        spare(file, written)
+        if written.exists() and file.parent.resolve() == options.out.resolve():
+            raise UserError(f"{written} lies beside {file} and would be replaced; choose another --out.")
     for file in tqdm(options.pictures, unit="img", disable=len(options.pictures) == 1):
         yield read_picture(file), options.out / file.stem
 

@@ -28,7 +28,12 @@ def doctor_picture(files: list[Path]) -> None:
     for file in files:
         print(file)
         for name, value in findings(file):
-            print(f"  {name + ':':<20}{value}")
+            print(f"  {name + ':':<20}{printable(value)}")
+
+
+def printable(text: str) -> str:
+    """A stranger's text on one line, without what a terminal would obey."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 def findings(file: Path) -> Iterator[tuple[str, str]]:

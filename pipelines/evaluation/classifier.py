@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import written_beside
+from autoencoder.files import require_replaceable, written_beside
 from autoencoder.untrusted import inside, read_header, read_json, require_finite
 from ldm.checks import require_int
 from ldm.config import UserError
@@ -136,6 +136,7 @@ def save_recogniser(recogniser: Recogniser, folder: Path) -> None:
         "size": recogniser.size,
         "accuracy": recogniser.accuracy,
     }
+    require_replaceable(folder, WEIGHTS)
     with written_beside(folder) as fresh:
         (fresh / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in recogniser.network.state_dict().items()}

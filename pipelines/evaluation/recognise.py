@@ -17,7 +17,7 @@ from ldm.pictures import to_tensor
 from pipelines.evaluation.classifier import train_recogniser
 from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.safety import provenance
-from pipelines.sheets import contact_sheet
+from pipelines.sheets import contact_sheet, sheet_beside
 
 
 def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance: float, seed: int) -> None:
@@ -26,6 +26,7 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
     Raises:
         UserError: the data has no classes, or a class has no single caption to draw it from.
     """
+    sheet = sheet_beside(out)
     drawer = LatentDiffusion.from_pretrained(model).to(best_device())
     side = drawer.latent_shape(None)[1] * drawer.autoencoder.config.factor
     data = DataConfig(path=path, size=side)
@@ -52,7 +53,6 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
         "drawing": drawing | {"sampler": drawer.sampler},
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
-    sheet = out.with_suffix(".png")
     shown = contact_sheet(
         images[::each], prompts, columns=10, tile=96, wrong=[not ok for ok in right[::each]]
     )

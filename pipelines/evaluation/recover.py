@@ -24,6 +24,7 @@ from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
 from pipelines.examples import Examples
 from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.safety import provenance
+from pipelines.sheets import sheet_beside
 from pipelines.stages.stage_one import data_at
 from pipelines.tasks import restore, voted
 
@@ -96,8 +97,7 @@ class Trial:
 
 def recover(trial: Trial, out: Path) -> dict[str, Any]:
     """Figures of the first pictures of a split, written to `out`, with a sheet of some beside it."""
-    if out.is_dir():
-        raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
+    sheet = sheet_beside(out)
     model = LatentDiffusion.from_pretrained(trial.model).to(best_device())
     model = replace(model, precision=trial.precision, reuse=trial.reuse)
     task = trial.task(model.task)
@@ -114,7 +114,7 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     about |= {"data": config.where, "n": len(drawn[0]), "size": config.size}
     write_text(out, json.dumps({"task": task.kind, **figures, "trial": about}, indent=1) + "\n")
     note = provenance(made_by="ldm recover", model=Path(trial.model).name)
-    examples.sheet(shown, SHOWN).save(out.with_suffix(".png"), pnginfo=note)
+    examples.sheet(shown, SHOWN).save(sheet, pnginfo=note)
     return figures
 
 

@@ -221,7 +221,7 @@ def model_card(facts: Facts) -> str:
             "ema": facts.recipe["ema_decay"],
             "stock_snippet": stock_snippet(facts.name, facts.pipeline, facts.proof.request, facts.samples),
             "our_snippet": our_snippet(facts.name, facts.task, facts.proof.request, facts.samples),
-            "data_name": leaf(data["path"]),
+            "data_name": leaf(data["path"], hub=False),
             "data_split": data["split"],
             "flipped": ", half of them mirrored" if data["flip"] else "",
             "recipe": published_recipe(facts.recipe),
@@ -246,8 +246,8 @@ def header(facts: Facts) -> str:
     results = [
         EvalResult(
             task_type=tag,
-            dataset_type=leaf(path),
-            dataset_name=leaf(path),
+            dataset_type=leaf(path, hub=False),
+            dataset_name=leaf(path, hub=False),
             metric_type=metric.kind,
             metric_name=metric.name,
             metric_value=metric.value,
@@ -345,13 +345,21 @@ def limits(facts: Facts) -> str:
 def published_recipe(recipe: dict[str, Any]) -> str:
     """The resolved recipe as YAML, without where things lay on the author's machine."""
     run = {key: value for key, value in recipe["run"].items() if key not in ("out", "tracker")}
-    cleaned = recipe | {"run": run, "data": recipe["data"] | {"path": leaf(recipe["data"]["path"])}}
+    cleaned = recipe | {
+        "run": run,
+        "data": recipe["data"] | {"path": leaf(recipe["data"]["path"], hub=False)},
+    }
     if "segment" in recipe:
         cleaned["segment"] = recipe["segment"] | {
-            "masks": recipe["segment"]["masks"] and leaf(recipe["segment"]["masks"])
+            "masks": recipe["segment"]["masks"] and leaf(recipe["segment"]["masks"], hub=False)
         }
-    if "autoencoder" in recipe:
-        cleaned["autoencoder"] = leaf(recipe["autoencoder"])
+    for name in ("autoencoder", "start"):
+        if recipe.get(name):
+            cleaned[name] = leaf(recipe[name])
+    if "loss" in recipe:
+        lpips = recipe["loss"]["lpips"]
+        hidden = lpips | {"weights": lpips["weights"] and leaf(lpips["weights"], hub=False)}
+        cleaned["loss"] = recipe["loss"] | {"lpips": hidden}
     if "conditioning" in recipe:
         text = recipe["conditioning"]["text"]
         text = {key: leaf(value) if "encoder" in key and value else value for key, value in text.items()}
@@ -359,12 +367,15 @@ def published_recipe(recipe: dict[str, Any]) -> str:
     return yaml.safe_dump(cleaned, sort_keys=False, allow_unicode=True, width=100)
 
 
-def leaf(name: str | Sequence[str]) -> str:
-    """The last part of a path, or of each; hub names and names within packages as they are."""
+def leaf(name: str | Sequence[str], hub: bool = True) -> str:
+    """The last part of a path, or of each; names within packages as they are, and names on the hub: those after hub:,
+    and where `hub` says so all of two parts that are nothing here."""
     if not isinstance(name, str):
-        return ", ".join(map(leaf, name))
+        return ", ".join(leaf(one, hub) for one in name)
     if name.startswith(("hub:", "package:")):
         return name
     path = Path(name).expanduser()
-    local = path.is_absolute() or name.startswith((".", "~")) or path.exists() or len(path.parts) != 2
+    local = (
+        path.is_absolute() or name.startswith((".", "~")) or path.exists() or len(path.parts) != 2 or not hub
+    )
     return PurePosixPath(path.as_posix()).name if local else name

@@ -26,7 +26,7 @@ def reconstructed(stage1: Path | None, autoencoder: str) -> list[Metric]:
     show, data = recipe["show"], recipe["data"]
     split = result.get("psnr_split") or show.get("split") or data["split"]
     protocol = f"autoencoder alone; mean over {show['count']} pictures of split {split} of "
-    protocol += f"{leaf(data['path'])}, {data['size']} pixels, posterior means"
+    protocol += f"{leaf(data['path'], hub=False)}, {data['size']} pixels, posterior means"
     return [
         Metric(kind=kind, name=f"{key} of reconstructions", value=result[key], protocol=protocol)
         for key, kind in RECONSTRUCTION.items()

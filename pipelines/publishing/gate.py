@@ -53,7 +53,7 @@ def drawn_by_stock(
     out.mkdir()
     words = {"prompt": request.prompts, "class_labels": request.classes}
     asked: dict[str, Any] = {
-        "folder": str(folder),
+        "folder": str(folder.resolve()),
         "kind": kind,
         "variant": variant,
         "words": {name: said for name, said in words.items() if said},
