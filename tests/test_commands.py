@@ -42,7 +42,11 @@ def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Pat
         (["generate", "{ldm}", "x", "--size", "big", "--out", "o"], 2, "'big' is not WIDTHxHEIGHT"),
         (["generate", "{ldm}", "x", "--guidance", "nan", "--out", "o"], 1, "scale is nan"),
         (["generate", "{ldm}", "x"], 2, "--out"),
-        (["generate", "{ldm}", "x", "--out", "{ldm}/config.yaml"], 1, "can't be a folder for pictures: File exists"),
+        (
+            ["generate", "{ldm}", "x", "--out", "{ldm}/config.yaml"],
+            1,
+            "can't be a folder for pictures: File exists",
+        ),
         (["generate", "{ldm}", "x", "--out", "o", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
         (["paint"], 2, "invalid choice: 'paint'"),
     ],
