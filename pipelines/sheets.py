@@ -33,18 +33,18 @@ def contact_sheet(
     size = max(9, tile // 11)
     font = ImageFont.load_default(size)
     texts = [textwrap.wrap(c, max(8, round(tile / size * 1.9)))[:3] for c in captions] if captions else []
-    height = tile + GAP + (size + 3) * max(map(len, texts), default=0)
+    heights = [round(tile * image.height / image.width) for image in images]
+    height = max(heights) + GAP + (size + 3) * max(map(len, texts), default=0)
     sheet = Image.new("RGB", (GAP + columns * (tile + GAP), GAP + rows * (height + GAP)), PAPER)
     brush = ImageDraw.Draw(sheet)
     places = []
     for i, image in enumerate(images):
         x, y = GAP + i % columns * (tile + GAP), GAP + i // columns * (height + GAP)
-        tall = round(tile * image.height / image.width)
-        sheet.paste(image.resize((tile, tall), Image.Resampling.BICUBIC), (x, y))
-        places.append((captions[i] if captions else "", [x, y, x + tile, y + tall]))
+        sheet.paste(image.resize((tile, heights[i]), Image.Resampling.BICUBIC), (x, y))
+        places.append((captions[i] if captions else "", [x, y, x + tile, y + heights[i]]))
         if texts:
             ink = FAILED if wrong and wrong[i] else INK
-            brush.multiline_text((x, y + tile + 3), "\n".join(texts[i]), ink, font=font, spacing=2)
+            brush.multiline_text((x, y + max(heights) + 3), "\n".join(texts[i]), ink, font=font, spacing=2)
     sheet.info["tiles"] = json.dumps(places)
     return sheet
 

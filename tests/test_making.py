@@ -313,6 +313,7 @@ def test_the_command_line_has_files_in_and_out(
     MASK.save(tmp_path / "mask.png")
     holes = ["inpaint", str(runs / "holes"), files[0], "--mask", str(tmp_path / "mask.png"), "--steps", "2"]
     ldm([*holes, "--out", str(tmp_path / "holes")])
+    assert Image.open(tmp_path / "holes" / "0000.png").text["guidance"] == "1.0"
     noisy(picture, 60, stream(0, "test", 0)).save(tmp_path / "noisy.png")
     plain = ["restore", str(chain / "ldm"), str(tmp_path / "noisy.png"), "--out", str(tmp_path / "plain")]
     capsys.readouterr()
@@ -343,6 +344,18 @@ def test_the_command_line_has_files_in_and_out(
         ),
         (["recover", str(runs / "restore"), "--out", str(tmp_path)], "must name a file .json"),
         (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x.json")], "seed is -1"),
+        (
+            [*holes, "--project", "--guidance", "3", "--out", str(tmp_path / "x")],
+            "--project and --guidance is",
+        ),
+        (
+            ["upscale", str(runs / "upscale"), files[0], "--guidance", "3", "--out", str(tmp_path)],
+            "guided by",
+        ),
+        (
+            ["recover", str(runs / "restore"), "--guidance", "3", "--out", str(tmp_path / "x.json")],
+            "guided by",
+        ),
     ):
         with pytest.raises(SystemExit) as stopped:
             ldm(words)
