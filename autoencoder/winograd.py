@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv
-from autoencoder.winograd_training import MAPS, SEEN, TILE
+from autoencoder.winograd_training import MAPS, SEEN, TILE, tiles
 
 WIDE, FEW = 96, 32
 """Channels and tiles from which it pays"""
@@ -60,15 +60,6 @@ class Winograd(Conv):
         made, seen = self.weight.shape[:2]
         once = self.weight.to(self.dtype).permute(2, 3, 0, 1).reshape(9, -1)
         return (MAPS.weight @ once).view(36 * made, seen, 1, 1)
-
-
-def tiles(padded: Tensor) -> Tensor:
-    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
-    samples, height, width, channels = padded.shape
-    sample, row, pixel, channel = padded.stride()
-    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
-    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
-    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
 
 
 class Conv3x3(Conv):
