@@ -36,7 +36,7 @@ from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, WITH_ETA, Denoise, Noise, Sampler
 from ldm.tasks import Given, Task
 from ldm.unet import UNet
-from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
+from pipelines.prompts import READING, as_text, as_texts, warn_of_unread
 from pipelines.schedulers import sampling_grid
 
 
@@ -224,7 +224,7 @@ class LatentDiffusion:
     def read(
         self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Prompts, each n times, as the conditioner's batch; `CutPrompt` warns of what is too long to be read."""
+        """Prompts, each n times, as the conditioner's batch; `Unread` warns of what is too long, or strange to it."""
         if classes is not None and not isinstance(self.conditioner, ClassAndText):
             raise ValueError("classes are given, but this model is not told both captions and classes")
         if isinstance(self.conditioner, Unconditional):
@@ -237,7 +237,7 @@ class LatentDiffusion:
         repeated = [name for name in names for _ in range(n)]
         with READING:
             if text := text_of(self.conditioner):
-                warn_of_cut(text, names)
+                warn_of_unread(text, names)
             if not isinstance(self.conditioner, ClassAndText):
                 return self.conditioner.read(repeated)
             return self.conditioner.read(repeated, self._classes(classes, len(names), n))
@@ -270,7 +270,7 @@ class LatentDiffusion:
                 f"negative is {negative!r}, but only a model of captions can be told what to avoid"
             )
         with READING:
-            warn_of_cut(text, [negative])
+            warn_of_unread(text, [negative])
             read = text.read([negative] * n)
         avoid = text({key: value.to(self.device) for key, value in read.items()})
         return self.conditioner.null(n)._replace(tokens=avoid.tokens, pooled=avoid.pooled)
