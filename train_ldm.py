@@ -142,8 +142,10 @@ def train(recipe: Recipe, run: Run) -> None:
     learned = Pairs(latents, Pixels(source, recipe.data, recipe.run.seed), task) if task else latents
 
     run.seed("unet")
-    shape = shape_of(begun) if begun else recipe.network
-    unet = run.place(new_unet(fit_network(shape, autoencoder, latents, conditioner, task), begun))
+    fitted = fit_network(
+        shape_of(begun) if begun else recipe.network, autoencoder, latents, conditioner, task
+    )
+    unet = run.place(new_unet(fitted, begun))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
