@@ -142,9 +142,7 @@ def train(recipe: Recipe, run: Run) -> None:
     learned = Pairs(latents, Pixels(source, recipe.data, recipe.run.seed), task) if task else latents
 
     run.seed("unet")
-    network_config = shape_of(begun) if begun else recipe.network
-    network_config = fit_network(network_config, autoencoder, latents, conditioner, task)
-    unet = run.place(new_unet(network_config, begun))
+    unet = run.place(new_unet(recipe.network, begun, autoencoder, latents, conditioner, task))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
@@ -278,9 +276,17 @@ def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Modu
     )
 
 
-def new_unet(config: UNetConfig, begun: LatentDiffusion | None) -> UNet:
-    """A U-Net with random weights, or with those of the model to go on from."""
-    unet = UNet(config)
+def new_unet(
+    config: UNetConfig,
+    begun: LatentDiffusion | None,
+    autoencoder: AutoencoderKL,
+    latents: LatentCache,
+    conditioner: nn.Module,
+    task: Task | None,
+) -> UNet:
+    """A U-Net with random weights, or with the shape and weights of the model to go on from; see `fit_network`."""
+    config = shape_of(begun) if begun else config
+    unet = UNet(fit_network(config, autoencoder, latents, conditioner, task))
     if begun:
         take_over(unet, begun.unet)
     return unet
