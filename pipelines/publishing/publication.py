@@ -98,11 +98,12 @@ class FinishedRun:
         self.stage1 = stage1 if there else None
 
     def trained(self) -> str:
-        """How long, in words."""
-        batch = self.recipe["run"]["batch_size"]
+        """How long, in words, and from where."""
+        batch, start = self.recipe["run"]["batch_size"], self.recipe.get("start")
+        name = Path(start).name if start and Path(start).exists() else start
         return (
             f"{self.steps:,} optimizer steps of {batch} samples in {self.seconds / 60:.1f} minutes "
-            "(wall clock, all restarts included)."
+            f"(wall clock, all restarts included){f', going on from the model {name}' if start else ''}."
         )
 
     def source(self, path: str) -> Source:
