@@ -174,7 +174,7 @@ def train(recipe: Recipe, run: Run) -> None:
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    run.say(f"the model is in {run.out}/model")
+    run.tell(f"the model is in {run.out}/model")
     run.end()
 
 

@@ -129,7 +129,7 @@ def train(recipe: Recipe, run: Run) -> None:
 def conclude(run: Run, quality: dict[str, float], shown: str, split: str) -> None:
     """Say and keep what came of it."""
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"{told} on {shown}; the model is in {run.out}/model")
+    run.tell(f"{told} on {shown}; the model is in {run.out}/model")
     run.end(**{name: round(value, 4) for name, value in quality.items()}, psnr_split=split)
 
 
@@ -294,7 +294,7 @@ def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, mad
         except (UserError, ValueError, OSError) as problem:  # the model is trained and saved all the same
             run.say(f"there is no report on the latents: {problem}")
         else:
-            run.say(f"{found.sentence} Why: {run.out}/readiness.html")
+            run.tell(f"{found.sentence} Why: {run.out}/readiness.html")
 
 
 if __name__ == "__main__":
