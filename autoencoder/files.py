@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,16 @@ def written_beside(target: Path) -> Iterator[Path]:
     fresh.rename(target)
     flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder for what takes long to make, before it is made; OSError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise OSError(f"{folder} can't be written to: {problem.strerror}; choose another folder.") from None
 
 
 def require_replaceable(target: Path, mark: str) -> None:
