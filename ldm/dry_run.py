@@ -51,7 +51,9 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
     missing = [folder for folder in scratch.parents if not folder.exists()]
     doing, found = ["starting"], new_findings(recipe)
     try:
-        train(recipe, DryRun(recipe, scratch, doing, found))
+        run = DryRun(recipe, scratch, doing, found)
+        with run.signals:
+            train(recipe, run)
     except (UserError, OSError, ValueError, RuntimeError, MemoryError) as problem:
         hint = f" {found.memory()}." if out_of_memory(problem) else ""
         raise UserError(f"The dry run failed while {doing[-1]}: {problem}{hint}") from problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print on the first process, above the progress bar."""
         if self.main:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(
+                OSError, RuntimeError
+            ):  # a terminal that is gone; a signal while another text is printed
+                tqdm.write(text, file=sys.stderr)
 
     def tell(self, text: str) -> None:
         """Say what came of the training."""
