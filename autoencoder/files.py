@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
@@ -83,6 +86,12 @@ def link_folder(source: Path, target: Path) -> None:
             shutil.copyfile(file, beside)
 
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """A safetensors file for all who may read its folder: by itself the library gives it to its owner alone."""
+    save_file(tensors, path, metadata=notes)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -75,11 +75,12 @@ def softened(hole: Tensor, soft: int) -> Tensor:
 
 
 def filled(pixels: Tensor, known: Tensor) -> Tensor:
-    """Where known [1,1,H,W] is 0, colours that go smoothly over from what surrounds it; elsewhere pixels [1,3,H,W].
+    """Where known [B,1,H,W] is 0, colours that go smoothly over from what surrounds it; elsewhere pixels [B,3,H,W].
 
-    Means over ever larger blocks, of known pixels alone, until every block has some (pull-push, Gortler et al. 1996).
+    Means over ever larger blocks, of known pixels alone, until every block has some (pull-push, Gortler et al. 1996); 0
+    where nothing is known of a picture.
     """
-    if known.all():
+    if known.all() or pixels.shape[2:] == (1, 1):
         return pixels
     share = F.avg_pool2d(known, 2, ceil_mode=True)
     means = F.avg_pool2d(pixels * known, 2, ceil_mode=True) / share.clamp(min=1e-6)

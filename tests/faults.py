@@ -17,34 +17,41 @@ from tests.forked import Killer, alike, ended, forked, train, trained
 from tests.support import flip, losses, truncate, zero
 
 
-def reference(folder: Path, *arguments: str) -> tuple[Path, float]:
+def reference(folder: Path, *arguments: str, stage: str = "vae") -> tuple[Path, float]:
     """An undisturbed toy training, and the seconds that it took."""
-    trained(folder / "warm", *arguments)
+    trained(folder / "warm", *arguments, stage=stage)
     start = time.monotonic()
-    assert trained(folder / "reference", *arguments) == 0, (folder / "reference.log").read_text()
+    assert trained(folder / "reference", *arguments, stage=stage) == 0, (folder / "reference.log").read_text()
     return folder / "reference", time.monotonic() - start
 
 
-def goes_on(run: Path, expected: Path, *arguments: str) -> None:
+def goes_on(run: Path, expected: Path, *arguments: str, stage: str = "vae") -> None:
     """The same command again ends well, with the losses and tensors of the run that was not disturbed."""
-    assert trained(run, *arguments) == 0, run.with_suffix(".log").read_text()[-2000:]
+    assert trained(run, *arguments, stage=stage) == 0, run.with_suffix(".log").read_text()[-2000:]
     assert alike(run, expected), f"{run} went on in another way than {expected}"
     leftovers = [path for path in run.rglob(".*") if path.name.endswith((".writing", ".old"))]
     assert not leftovers, leftovers
 
 
-def kill_at_random(folder: Path, trials: int, seed: int = 0) -> int:
-    """kill -9 at random moments, from the start of the process to its end."""
-    expected, seconds = reference(folder)
+def kill_at_random(folder: Path, trials: int, seed: int = 0, stage: str = "vae") -> int:
+    """kill -9 at random moments, from the start of the process to its end; what it has built before, too."""
+    given = () if stage == "vae" else stage_1(folder)
+    expected, seconds = reference(folder, *given, stage=stage)
     moments = random.Random(seed)
     for trial in range(trials):
         run = folder / f"killed-{trial}"
-        child = forked(lambda run=run: train(run), run.with_suffix(".log"))
+        child = forked(lambda run=run: train(run, *given, stage=stage), run.with_suffix(".log"))
         time.sleep(moments.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
         ended(child)
-        goes_on(run, expected)
+        goes_on(run, expected, *given, stage=stage)
     return trials
+
+
+def stage_1(folder: Path) -> tuple[str, ...]:
+    """Arguments that give stage 2 a toy autoencoder, and have it leave snapshots of its averages."""
+    assert trained(folder / "autoencoder") == 0, (folder / "autoencoder.log").read_text()
+    return "--autoencoder", str(folder / "autoencoder"), "--ema_every", "2"
 
 
 def operations(folder: Path, *arguments: str) -> int:

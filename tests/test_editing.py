@@ -253,7 +253,7 @@ def test_editing_from_the_command_line(
         (["edit", model, drawn, PROMPT, "--size", "1x1"], 1, "the picture is 1x1"),
         (["edit", model, drawn], 1, "There is no prompt, but this model needs a caption"),
         (["vary", model, drawn], 1, "There is no prompt, but this model needs a caption"),
-        (["vary", model, drawn, PROMPT, "--class", "pear"], 1, "told one of the two"),
+        (["vary", model, drawn, PROMPT, "--class", "pear"], 1, "this model is told no classes"),
         (["inpaint", model, drawn, PROMPT], 2, "--mask"),
         (["inpaint", model, drawn, PROMPT, "--mask", f"{out}/white.png"], 1, "white everywhere"),
         (["vary", model, drawn, PROMPT, "--amount", "2"], 1, "amount is 2.0"),

@@ -67,6 +67,9 @@ def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:
     assert [tile.size for _, tile in found] == [(32, 16), (32, 32), (32, 48)]
     assert [tile.getpixel((9, 9)) for _, tile in found] == [(50 * i, 0, 0) for i in (1, 2, 3)]
     assert tiles(images[0]) == []
+    tall = contact_sheet([Image.new("RGB", (8, 24), "red")] * 4, ["below"] * 4, tile=32, columns=2)
+    (_, first), (_, _), (_, third), _ = tiles(tall)
+    assert {*first.getdata()} == {*third.getdata()} == {(255, 0, 0)}  # nothing lies over another
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "unipc", "euler_ancestral"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from autoencoder.files import write_text
 from autoencoder.metrics import likeness, psnr
 from ldm.checks import require_int
+from ldm.conditioning import Unconditional
 from ldm.config import UserError
 from ldm.data import open_source
 from ldm.device import Precision
@@ -100,6 +101,10 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
     sheet = sheet_beside(out)
     model = LatentDiffusion.from_pretrained(trial.model).to(best_device())
     model = replace(model, precision=trial.precision, reuse=trial.reuse)
+    if trial.guidance != 1 and isinstance(model.conditioner, Unconditional):
+        raise UserError(
+            f"--guidance is {trial.guidance:g}, but this model is told nothing to be guided by; leave it out."
+        )
     task = trial.task(model.task)
     config = data_at(trial.data, trial.model)
     source = sound(open_source(config, trial.split))

@@ -96,8 +96,9 @@ def likeness(made: Tensor, originals: Tensor, lpips: Perceptual | None) -> dict[
 
     [B] each.
     """
-    noise = psnr(made.cpu(), originals.cpu())  # not every device has the float64 that it needs
-    found = {"psnr": noise.clamp(max=100)}  # or one equal picture would make the mean infinite
+    found = {
+        "psnr": psnr(made, originals).clamp(max=100)
+    }  # or one equal picture would make the mean infinite
     if min(made.shape[-2:]) >= SMALLEST_FOR_SSIM:
         found["ssim"] = ssim(made, originals)
     if lpips:

@@ -74,7 +74,7 @@ class Request:
         given |= {"noise": torch.zeros(self.count)} if isinstance(model.task, Upscale) else {}
         read: dict[str, Tensor] = model.read(prompts, 1, classes)
         examples = Examples(task=model.task, given=given, read=read, wanted=given["picture"])
-        return to_images(examples.made(model, **how))
+        return to_images(examples.made(model, shifted=False, **how))
 
     def told(self, i: int) -> str:
         """What picture i is told, in words."""
