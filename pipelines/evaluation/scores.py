@@ -13,7 +13,7 @@ from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cache
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from ldm.scenes_check import satisfied
-from pipelines.evaluation.extractors import first_line
+from pipelines.evaluation.extractors import first_line, where_on_the_hub
 from pipelines.evaluation.generation import images_of
 
 ATTRIBUTES = ("all", "colour", "shape", "size", "place", "relation", "background")
@@ -37,7 +37,7 @@ class Clip:
         except (OSError, ValueError) as problem:
             raise UserError(
                 f"The CLIP model {name} can't be had ({first_line(problem)}): name a folder with its config, "
-                "tokenizer and model.safetensors, or leave out --clip."
+                f"tokenizer and model.safetensors, or {where_on_the_hub(name)}, or leave out --clip."
             ) from None
         self.device = device
         parts: Any = (_Plain(model), processor)
