@@ -143,12 +143,13 @@ def train(recipe: Recipe, run: Run) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
+    look = Look(recipe, model, shown, held_out, denoiser, ema, trained)
     averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
     run.resume(model, publish=True, contract=contract, **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
+        look(run)
         run.save()
 
     order = epochs(source, recipe.data, recipe.run.batch_size)
@@ -169,7 +170,7 @@ def train(recipe: Recipe, run: Run) -> None:
                     average.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
+        look(run)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -331,24 +332,27 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def look(
-    run: Run,
-    recipe: Recipe,
-    model: LatentDiffusion,
-    shown: Shown,
-    held_out: HeldOut | None,
-    denoiser: Denoiser,
-    ema: EMA,
-    trained: dict[str, Any],
-) -> None:
-    """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
-    if run.due(recipe.show.every):
-        ema.gather()
-        show(run, model, recipe.show, shown)
-    if held_out and run.due(recipe.validation.every):
-        ema.gather()
-        guidance = recipe.show.guidance
-        validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
+@dataclass(frozen=True)
+class Look:
+    """What is done every so often, and before the first step: pictures to see, and figures of held-out pictures."""
+
+    recipe: Recipe
+    model: LatentDiffusion
+    shown: Shown
+    held_out: HeldOut | None
+    denoiser: Denoiser
+    ema: EMA
+    trained: dict[str, Any]
+
+    def __call__(self, run: Run) -> None:
+        show_config, validation = self.recipe.show, self.recipe.validation
+        if run.due(show_config.every):
+            self.ema.gather()
+            show(run, self.model, show_config, self.shown)
+        if self.held_out and run.due(validation.every):
+            self.ema.gather()
+            guidance, trained = show_config.guidance, self.trained
+            validate(run, validation, guidance, self.model, self.held_out, self.denoiser, trained)
 
 
 if __name__ == "__main__":

@@ -216,6 +216,9 @@ def test_faults_of_our_own_are_not_explained_away() -> None:
     assert explain(RuntimeError("shape mismatch")) is None
     assert explain(FileNotFoundError("igloo/NCCL.png is not there")) is None
     assert explain(RuntimeError("igloos.png")) is None
+    assert "a disk is full ([Errno 28] x)" in (explain(OSError(28, "x")) or "") and not explain(
+        OSError(2, "x")
+    )
     reset = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1"
     assert "another process" in (explain(RuntimeError(reset)) or "")
 
