@@ -249,7 +249,7 @@ def test_memory_that_runs_out_is_one_sentence_with_an_estimate(tmp_path: Path, r
         r"a training step takes about [\d.]+ GB, validation .* [\d.]+ GB, saving .* [\d.]+ GB, of [\d.,]+ GB"
     )
     assert re.search(phases + r"; in a step weights 0\.\d+ GB, .*, activations 0\.\d+ GB", said), said
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".estimate*"))
     assert trained(tmp_path / "run") == 0
 
 
