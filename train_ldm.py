@@ -45,6 +45,7 @@ from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
 from pipelines.stages.showing import ShowConfig, Shown, show, things_to_show
 from pipelines.stages.stage_one import open_autoencoder
+from pipelines.stages.starting import require_noise, require_words, shape_of, starting_model, take_over
 from pipelines.stages.validating import validate
 
 
@@ -55,6 +56,10 @@ class Recipe:
     run: RunConfig
     autoencoder: str
     """A stage 1 run, a stock AutoencoderKL folder, or the name of one on the hub"""
+    start: str | None = None
+    """Go on from a model in the same latents, a run, a stock folder or a hub name, instead of from random weights:
+    network and conditioning.text are its own, its text encoder learns no further, and channels that a task adds begin
+    at 0"""
     task: TaskName | None = None
     """text, class, unconditional: draw, told that. inpaint, upscale, restore, segment: make that of a picture. By
     default what conditioning.kind says"""
@@ -89,6 +94,9 @@ class Recipe:
         kind = words_of(self.task, self.conditioning.kind)
         object.__setattr__(self, "conditioning", replace(self.conditioning, kind=kind))
         self.begins_with()
+        for name, value in (("network", self.network), ("conditioning.text", self.conditioning.text)):
+            if self.start and value != type(value)():
+                raise ValueError(f"{name} is set, but start brings its own: remove one of the two")
         if self.data.crop == "random":
             raise ValueError("data.crop is random, but latents are made once, of one crop; leave it out")
         if self.run.shard and self.optimizer.name == "adamw8bit":
@@ -125,15 +133,16 @@ def train(recipe: Recipe, run: Run) -> None:
         return
     source = sound_source(recipe.data, run)
     autoencoder = run.place(open_autoencoder(recipe.autoencoder))
-    conditioner = conditioner_for(recipe.conditioning, run, source)
     task, wanted = task_and_wanted(recipe, source)
+    begun = begun_with(recipe, run, source, autoencoder, task)
+    conditioner = conditioner_for(recipe.conditioning, run, source, begun)
     contract = contract_of(wanted, autoencoder, conditioner)
     contract.keep(run)
     latents = build(run.out / "cache", run.part_of(wanted), recipe.data, autoencoder, conditioner, run)
     learned = Pairs(latents, Pixels(source, recipe.data, recipe.run.seed), task) if task else latents
 
     run.seed("unet")
-    unet = run.place(UNet(fit_network(recipe.network, autoencoder, latents, conditioner, task)))
+    unet = run.place(new_unet(recipe.network, begun, autoencoder, latents, conditioner, task))
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
@@ -175,8 +184,21 @@ def train(recipe: Recipe, run: Run) -> None:
             run.log()
         if run.due(recipe.run.save_every):
             run.save()
-    run.say(f"the model is in {run.out}/model")
+    run.tell(f"the model is in {run.out}/model")
     run.end()
+
+
+def begun_with(
+    recipe: Recipe, run: Run, source: Source, autoencoder: AutoencoderKL, task: Task | None
+) -> LatentDiffusion | None:
+    """The model that the recipe goes on from, if there is one; UserError if it does not fit what is to be trained."""
+    if recipe.start is None:
+        return None
+    model = starting_model(recipe.start, autoencoder, task)
+    require_words(model, recipe.conditioning.told, source.classes)
+    require_noise(model, recipe.path.kind, recipe.prediction)
+    run.say(f"going on from {recipe.start}")
+    return model
 
 
 def averaged_model(
@@ -255,6 +277,22 @@ def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Modu
     )
 
 
+def new_unet(
+    config: UNetConfig,
+    begun: LatentDiffusion | None,
+    autoencoder: AutoencoderKL,
+    latents: LatentCache,
+    conditioner: nn.Module,
+    task: Task | None,
+) -> UNet:
+    """A U-Net with random weights, or with the shape and weights of the model to go on from; see `fit_network`."""
+    config = shape_of(begun) if begun else config
+    unet = UNet(fit_network(config, autoencoder, latents, conditioner, task))
+    if begun:
+        take_over(unet, begun.unet)
+    return unet
+
+
 def fit_network(
     config: UNetConfig,
     autoencoder: AutoencoderKL,
@@ -314,10 +352,16 @@ def learns(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def conditioner_for(config: ConditioningConfig, run: Run, source: Source) -> Conditioner:
-    """What reads the words of the data, with its first weights; says how many captions are too long for it."""
+def conditioner_for(
+    config: ConditioningConfig, run: Run, source: Source, begun: LatentDiffusion | None
+) -> Conditioner:
+    """What reads the words of the data, with its first weights, or that of the model to go on from.
+
+    Says how many captions are too long for it.
+    """
     run.seed("conditioner")
-    conditioner = run.place(make_conditioner(config, source.texts, source.classes))
+    fresh = begun.conditioner if begun else make_conditioner(config, source.texts, source.classes)
+    conditioner = run.place(fresh)
     text = text_of(conditioner)
     cut = text.cut(source.texts or []) if text else 0
     if text and cut:

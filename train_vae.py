@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from autoencoder.losses import Objective
 from autoencoder.metrics import likeness
 from autoencoder.perceptual import Perceptual
 from autoencoder.presets import KINDS
-from autoencoder.store import find_folder, load_config
+from autoencoder.store import load_config
 from autoencoder.vq import CodeUse, Quantized, VQModel, codebook_usage, count_codes
 from ldm import random
 from ldm.checkpoint import writing
@@ -44,6 +43,7 @@ from ldm.sampling import Pixels, epochs
 from ldm.training import Run
 from pipelines.doctor.readiness import Budget, report
 from pipelines.sheets import side_by_side
+from pipelines.stages.stage_one import autoencoder_folder
 from pipelines.stages.vae_recipe import NETWORKS, Recipe, hurried
 
 LATENT_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
@@ -68,20 +68,20 @@ def train(recipe: Recipe, run: Run) -> None:
     """From the data to OUT/model, from wherever `run` stands."""
     if run.finished():
         return
+    lpips = new_lpips(run, recipe)  # whose weights may be missing: before all pictures are looked at
     source = open_source(recipe.data)
     run.say(source.describe())
     source = inspected(source, run)
     contract = Contract({"set of pictures": source.fingerprint})
     contract.keep(run)
     originals, split = pixels_to_show(recipe, run, source)
-    originals = originals.to(run.device)
 
     run.seed("autoencoder")
     network = run.place(new_autoencoder(run, recipe))
     ema = EMA(recipe.ema_decay, autoencoder=network)
     autoencoder, optimizer = run.prepare(network, make_optimizer(recipe.optimizer, [network]))
-    objective = new_objective(run, recipe, network)
-    lpips, adversary = objective.lpips, objective.adversary
+    adversary = new_adversary(run, recipe)
+    objective = Objective(recipe.loss, lpips, adversary, network.decoder.conv_out.weight)
     codes = new_code_use(run, recipe) if recipe.kind == "vq" else None
     parts = (adversary.parts() if adversary else {}) | ({"codes": codes} if codes else {})
     averaged = ema["autoencoder"]
@@ -129,7 +129,7 @@ def train(recipe: Recipe, run: Run) -> None:
 def conclude(run: Run, quality: dict[str, float], shown: str, split: str) -> None:
     """Say and keep what came of it."""
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"{told} on {shown}; the model is in {run.out}/model")
+    run.tell(f"{told} on {shown}; the model is in {run.out}/model")
     run.end(**{name: round(value, 4) for name, value in quality.items()}, psnr_split=split)
 
 
@@ -137,16 +137,9 @@ def settled(recipe: Recipe) -> Recipe:
     """With the shape of the autoencoder to start from, if there is one."""
     if recipe.start is None:
         return recipe
-    stock: Any = load_config(
-        starting_folder(recipe.start), KINDS[recipe.kind], NETWORKS[recipe.kind].__name__
-    )
+    folder = autoencoder_folder(recipe.start)
+    stock: Any = load_config(folder, KINDS[recipe.kind], NETWORKS[recipe.kind].__name__)
     return replace(recipe, network=recipe.network.filled(recipe.kind, recipe.data.size, stock))
-
-
-def starting_folder(name: str) -> Path:
-    """A stock folder, here or on the hub; of a run folder its model, of a pipeline its vae."""
-    inner = [Path(name).expanduser() / part for part in ("model", "vae")]
-    return find_folder(next((folder for folder in inner if folder.is_dir()), name))
 
 
 def new_autoencoder(run: Run, recipe: Recipe) -> Any:
@@ -155,7 +148,7 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
     if recipe.start is None:
         network = NETWORKS[recipe.kind](config)
     else:
-        network = NETWORKS[recipe.kind].from_pretrained(starting_folder(recipe.start)).train()
+        network = NETWORKS[recipe.kind].from_pretrained(autoencoder_folder(recipe.start)).train()
         applied = {k: getattr(network.config, k, None) for k in LATENT_KEYS}
         told = ", ".join(f"{key} {value}" for key, value in applied.items() if value not in (None, 0.0, 1.0))
         lost = f"; what it said of its latents no longer applies: {told}" if told else ""
@@ -166,15 +159,15 @@ def new_autoencoder(run: Run, recipe: Recipe) -> Any:
     return network
 
 
-def new_objective(run: Run, recipe: Recipe, network: Any) -> Objective:
-    """What is minimised, with the networks that judge."""
-    lpips = Perceptual(recipe.loss.lpips, run.device) if recipe.loss.lpips.weight else None
-    adversary = new_adversary(run, recipe) if recipe.loss.gan.weight else None
-    return Objective(recipe.loss, lpips, adversary, network.decoder.conv_out.weight)
+def new_lpips(run: Run, recipe: Recipe) -> Perceptual | None:
+    """The perceptual distance, if the recipe wants it."""
+    return Perceptual(recipe.loss.lpips, run.device) if recipe.loss.lpips.weight else None
 
 
-def new_adversary(run: Run, recipe: Recipe) -> Adversary:
-    """The discriminator, wrapped, with its optimizer."""
+def new_adversary(run: Run, recipe: Recipe) -> Adversary | None:
+    """The discriminator, wrapped, with its optimizer, if the recipe wants it."""
+    if not recipe.loss.gan.weight:
+        return None
     if run.accelerator.scaler and recipe.run.accumulate > 1:
         raise UserError(
             "Gradients of two networks that are added up over run.accumulate batches can't share the scale that fp16 "
@@ -232,7 +225,8 @@ def pixels_to_show(recipe: Recipe, run: Run, trained: Source) -> tuple[Tensor, s
     source = trained if split == recipe.data.split else inspected(source, run, split)
     count = min(recipe.show.count, len(source))
     chosen = [i * len(source) // count for i in range(count)]
-    return torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen]), split
+    originals = torch.stack([to_tensor(source.picture(i, recipe.data.size)) for i in chosen])
+    return originals.to(run.device), split
 
 
 @torch.no_grad()
@@ -297,11 +291,11 @@ def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, mad
     if recipe.kind == "kl" and recipe.readiness.pictures:
         budget = Budget(pictures=recipe.readiness.pictures, probe_steps=recipe.readiness.probe_steps)
         try:
-            report({run.out.name: autoencoder}, recipe.data, run.out / "readiness.html", budget)
+            (found,) = report({run.out.name: autoencoder}, recipe.data, run.out / "readiness.html", budget)
         except (UserError, ValueError, OSError) as problem:  # the model is trained and saved all the same
             run.say(f"there is no report on the latents: {problem}")
         else:
-            run.say(f"how ready the latents are for stage 2: {run.out}/readiness.html")
+            run.tell(f"{found.sentence} Why: {run.out}/readiness.html")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class AdversarialConfig:
         for key in ("ramp", "channels", "layers", "r1_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"loss.gan.{key} is {getattr(self, key)}, but must be at least 1")
+        if not self.adaptive_max > 0:
+            raise ValueError(f"loss.gan.adaptive_max is {self.adaptive_max}, but must be positive")
         if self.head_start > self.start:
             raise ValueError(
                 f"loss.gan.head_start is {self.head_start}, but only {self.start} steps come before loss.gan.start"

@@ -38,6 +38,11 @@ class EquivarianceConfig:
             raise ValueError(f"equivariance.probability is {self.probability}, but must lie in [0, 1]")
         if not 1 / SCALES <= self.smallest <= 1:
             raise ValueError(f"equivariance.smallest is {self.smallest}, but must lie in [1/{SCALES}, 1]")
+        for name in ("smallest", "turn"):
+            if not self.probability and getattr(self, name) != getattr(EquivarianceConfig, name):
+                raise ValueError(
+                    f"equivariance.{name} is set, but equivariance.probability is 0: set it, or remove {name}"
+                )
         if self.probability and self.smallest == 1 and not self.turn:
             raise ValueError(
                 "equivariance.probability is set, but smallest 1 without turn changes nothing: set one of them"

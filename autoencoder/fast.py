@@ -16,13 +16,12 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
 from autoencoder.model import Decoder, MidBlock, check_latents
 from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import ONCE
 
 
 class Prepared:
     """The decoder of an autoencoder, with the weights it has now. No gradients; its own precision, results in float32.
 
-    Packing pays from the second call on; maps of a new shape are packed for once more.
+    Maps of a new shape are packed for once more.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, dtype: torch.dtype = torch.float32) -> None:
@@ -78,7 +77,7 @@ def in_order(network: Decoder) -> Iterator[nn.Module]:
 def prepared(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """The prepared twin of a layer."""
     if isinstance(layer, ResnetBlock):
-        return Residual(layer, dtype, ONCE)
+        return Residual(layer, dtype)
     if isinstance(layer, Attention):
         return Attending(layer, dtype)
     assert isinstance(layer, Upsample)

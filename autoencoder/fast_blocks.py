@@ -56,12 +56,12 @@ class Norm(nn.GroupNorm):
 
 
 class Residual:
-    """A ResnetBlock; what time adds or scales comes computed (`time_of`). `least` is what `Conv3x3` takes."""
+    """A ResnetBlock; what time adds or scales comes computed (`time_of`)."""
 
-    def __init__(self, block: ResnetBlock, dtype: torch.dtype, least: int) -> None:
+    def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
         self.block = block
         self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
-        self.conv1, self.conv2 = (Conv3x3(conv, dtype, least) for conv in (block.conv1, block.conv2))
+        self.conv1, self.conv2 = (Conv3x3(conv, dtype) for conv in (block.conv1, block.conv2))
         self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
 
     def time_of(self, emb: Tensor) -> Tensor:

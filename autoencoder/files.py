@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 @contextmanager
@@ -35,6 +39,16 @@ def written_beside(target: Path) -> Iterator[Path]:
     fresh.rename(target)
     flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def require_writable(folder: Path) -> None:
+    """Make the folder for what takes long to make, before it is made; OSError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        raise OSError(f"{folder} can't be written to: {problem.strerror}; choose another folder.") from None
 
 
 def require_replaceable(target: Path, mark: str) -> None:
@@ -72,6 +86,12 @@ def link_folder(source: Path, target: Path) -> None:
             shutil.copyfile(file, beside)
 
     shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """A safetensors file for all who may read its folder: by itself the library gives it to its owner alone."""
+    save_file(tensors, path, metadata=notes)
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def write_text(path: Path, text: str) -> None:

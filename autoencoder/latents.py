@@ -68,8 +68,8 @@ def fold(model: AutoencoderKL, statistics: LatentStatistics) -> AutoencoderKL:
     for channel, deviation in enumerate(std.tolist()):
         if not 0 < deviation < float("inf"):
             raise ValueError(
-                f"statistics give channel {channel} a standard deviation of {deviation}: "
-                "measure them over at least one batch of an autoencoder that gives finite latents."
+                f"channel {channel} of the latents has a standard deviation of {deviation}: the autoencoder's training "
+                "has diverged, so that a smaller learning rate is needed, or nothing was measured."
             )
     folded = deepcopy(model)
     folded.config = replace(

@@ -36,6 +36,8 @@ class LossConfig:
         for name in ("kl", "kl_warmup"):
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}, but must not be negative")
+        if self.kl_warmup and not self.kl:
+            raise ValueError("loss.kl_warmup is set, but loss.kl is 0: set the weight, or remove kl_warmup")
         for name in ("lpips", "gan"):
             group = getattr(self, name)
             if not group.weight and (extra := _changed(group)):

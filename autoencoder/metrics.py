@@ -10,8 +10,11 @@ SMALLEST_FOR_SSIM = 11
 
 
 def psnr(made: Tensor, originals: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio [B] in dB of pictures [B,3,H,W] in [-1, 1]; infinite for equal ones."""
-    errors = (made.double() - originals.double()).square().mean(dim=(1, 2, 3))
+    """Peak signal-to-noise ratio [B] in dB of pictures [B,3,H,W] in [-1, 1]; infinite for equal ones.
+
+    On the CPU, as not every device has the float64 that small errors need.
+    """
+    errors = (made.cpu().double() - originals.cpu().double()).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / errors)).float()
 
 

@@ -2,14 +2,15 @@
 
 The operators are those that PyTorch's own compiler calls, in `torch.ops.mkldnn`, and have no public name. Each stands
 beside its plain twin, which serves where they are missing or wrong. Weights are copied: a layer that was changed must
-be prepared again. No gradients. Feature maps are channels-last, so that a map [B,C,H,W] is rows of pixels [B,H*W,C].
+be packed again (`Kept`). No gradients. Feature maps are channels-last: a map [B,C,H,W] is rows of pixels [B,H*W,C].
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -97,6 +98,41 @@ class Conv:
                 self._laid_out(), self.padding, self.stride, [1, 1], self.groups, list(x.shape)
             )
         return self._for[x.shape]
+
+
+Packed = TypeVar("Packed")
+
+
+class Kept(Generic[Packed]):
+    """What a network was last packed into, until it is wanted in another way or its weights have changed.
+
+    Several threads may ask. It takes as much memory as the network, or some times as much (`autoencoder.winograd`).
+    Whether weights have changed is known by PyTorch's count of changes in place; those made through `.data` are not
+    counted.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[object, Packed] | None = None
+
+    def __reduce__(self) -> tuple[type[Kept[Any]], tuple[()]]:
+        return Kept, ()  # packed weights can't be copied: a copy begins with none
+
+    def of(self, network: nn.Module, way: object, pack: Callable[[], Packed]) -> Packed:
+        """What `pack` makes of a network.
+
+        Args:
+            way: on what else the result depends: precision, sizes.
+        """
+        wanted = network, way, [(id(p), p.data_ptr(), changes(p)) for p in network.parameters()]
+        last = self._last
+        if last is None or last[0] != wanted:
+            last = self._last = wanted, pack()
+        return last[1]
+
+
+def changes(weight: Tensor) -> object:
+    """How often it was changed in place; made in inference mode it does not tell, and counts as changed each time."""
+    return object() if weight.is_inference() else weight._version
 
 
 def rows(x: Tensor) -> Tensor:

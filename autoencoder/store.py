@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autoencoder.files import flush
+from autoencoder.files import flush, write_tensors
 from autoencoder.untrusted import (
     bounded,
     read_header,
@@ -211,7 +211,7 @@ def save_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         beside[CONFIG].write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        save_file(tensors, beside[WEIGHTS], metadata={"format": "pt"})
+        write_tensors(beside[WEIGHTS], tensors, {"format": "pt"})
         for written in beside.values():
             flush(written)
         for file, written in beside.items():

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv
-from autoencoder.winograd_training import MAPS, SEEN, TILE
+from autoencoder.winograd_training import MAPS, SEEN, TILE, tiles
 
-FEW, ONCE = 32, 256
-"""Tiles from which it pays, see `Conv3x3`"""
+WIDE, FEW = 96, 32
+"""Channels and tiles from which it pays"""
 LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 AT_ONCE = 128
@@ -62,26 +62,12 @@ class Winograd(Conv):
         return (MAPS.weight @ once).view(36 * made, seen, 1, 1)
 
 
-def tiles(padded: Tensor) -> Tensor:
-    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
-    samples, height, width, channels = padded.shape
-    sample, row, pixel, channel = padded.stride()
-    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
-    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
-    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
-
-
 class Conv3x3(Conv):
-    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come.
+    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come."""
 
-    Args:
-        least: tiles from which that is Winograd's. FEW where the convolution is made in each step of a drawing; ONCE
-            where it is made once, so that weights must earn their way to the points at once.
-    """
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype, least: int) -> None:
+    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
         super().__init__(layer, dtype)
-        self.layer, self.least = layer, least
+        self.layer = layer
         self._winograd: Winograd | None = None
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,6 +89,6 @@ def pays(conv: Conv3x3, x: Tensor) -> bool:
     """
     samples, channels, height, width = x.shape
     made = len(conv.weight)
-    wide = min(channels, made) >= 96 and 4 * SEEN**2 * channels * made <= LARGEST
-    enough = samples * -(-height // TILE) * -(-width // TILE) >= conv.least
+    wide = min(channels, made) >= WIDE and 4 * SEEN**2 * channels * made <= LARGEST
+    enough = samples * -(-height // TILE) * -(-width // TILE) >= FEW
     return wide and enough and conv.packed and conv.dtype == torch.float32

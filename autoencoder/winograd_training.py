@@ -4,6 +4,8 @@ Winograd 1980; Lavin and Gray 2016. Four neighbouring values of a row convolved 
 at six points, polynomials of them are multiplied value by value: 6 products instead of 12. For rows and columns at once
 a tile of 4x4 costs 36 products for each pair of channels instead of 144, in the forward pass and in both gradients.
 
+Tiles are taken to points one by one: a single product of all of them is as fast on one core, and half as fast on two.
+
 Shapes: B batch, C and O channels in and out, H x W pixels, T = B * H/4 * W/4 tiles, of 16 pixels made of 36.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,7 +27,7 @@ parts of a batch are computed as the whole is, and take as much memory each"""
 
 
 class Maps(NamedTuple):
-    """What takes tiles to points and back, for rows and columns at once."""
+    """What takes a tile to points and back, for rows and columns at once."""
 
     seen: Tensor
     """[36,36] pixels of a tile => points"""
@@ -74,12 +75,11 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        samples, channels, height, width = x.shape
-        seen = (MAPS.seen @ taken_apart(x)).view(SEEN**2, -1, channels)
-        weights = weight.permute(2, 3, 0, 1).reshape(9, -1)
-        weights = (MAPS.weight @ weights).view(SEEN**2, -1, channels)
-        made = MAPS.made @ (seen @ weights.mT).flatten(1)
-        made = made.view(TILE, TILE, samples, height // TILE, width // TILE, -1).permute(2, 3, 0, 4, 1, 5)
+        samples, _, height, width = x.shape
+        seen = (MAPS.seen @ tiles(framed(x))).transpose(0, 1)  # [36,T,C]
+        weights = (MAPS.weight @ weight.permute(0, 2, 3, 1).flatten(1, 2)).transpose(0, 1)  # [36,O,C]
+        made = MAPS.made @ (seen @ weights.mT).transpose(0, 1)  # [T,16,O]
+        made = made.view(samples, height // TILE, width // TILE, TILE, TILE, -1).transpose(2, 3)
         ctx.save_for_backward(seen, weights)
         ctx.shape = x.shape
         return made.reshape(samples, height, width, -1).add_(bias).permute(0, 3, 1, 2)
@@ -88,35 +88,42 @@ class Winograd(torch.autograd.Function):
     @once_differentiable  # what is saved here has no gradient of its own
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:  # type: ignore[override]
         seen, weights = ctx.saved_tensors
-        channels = ctx.shape[1]
-        tiles = gradient.permute(0, 2, 3, 1).unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE))
-        made = tiles.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
-        made = (MAPS.made.T @ made).view(SEEN**2, -1, gradient.shape[1])
+        made = gradient.permute(0, 2, 3, 1).unflatten(1, (-1, TILE)).unflatten(3, (-1, TILE)).transpose(2, 3)
+        made = (MAPS.made.T @ made.reshape(-1, TILE**2, gradient.shape[1])).transpose(0, 1)  # [36,T,O]
         into = None
         if ctx.needs_input_grad[0]:
-            into = put_together(MAPS.seen.T @ (made @ weights).flatten(1), ctx.shape)
-        weight = (MAPS.weight.T @ (made.mT @ seen).flatten(1)).view(3, 3, -1, channels)
-        return into, weight.permute(2, 3, 0, 1), gradient.sum((0, 2, 3))
+            into = put_together(MAPS.seen.T @ (made @ weights).transpose(0, 1), ctx.shape)
+        weight = MAPS.weight.T @ (made.mT @ seen).transpose(0, 1)  # [O,9,C]
+        return into, weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2), gradient.sum((0, 2, 3))
 
 
-def taken_apart(x: Tensor) -> Tensor:
-    """Maps [B,C,H,W], with zeros around them, as the values that tiles depend on: [36,T*C]."""
+def framed(x: Tensor) -> Tensor:
+    """Maps [B,C,H,W] => [B,H+2,W+2,C], with zeros around them."""
     samples, channels, height, width = x.shape
-    padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+    padded = x.new_empty(samples, height + 2, width + 2, channels)
+    for border in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+        border.zero_()
+    padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
+    return padded
+
+
+def tiles(padded: Tensor) -> Tensor:
+    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
+    samples, height, width, channels = padded.shape
     sample, row, pixel, channel = padded.stride()
-    strides = row, pixel, sample, TILE * row, TILE * pixel, channel
-    shape = SEEN, SEEN, samples, height // TILE, width // TILE, channels
-    return padded.as_strided(shape, strides).reshape(SEEN**2, -1)
+    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
+    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
+    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
 
 
 def put_together(parts: Tensor, shape: torch.Size) -> Tensor:
-    """[36,T*C] => maps [B,C,H,W]; what several tiles say of a pixel is added up. The transpose of `taken_apart`."""
+    """[T,36,C] => maps [B,C,H,W]; what several tiles say of a pixel is added up: `tiles` and `framed`, transposed."""
     samples, channels, height, width = shape
-    down, across = height // TILE, width // TILE
-    parts = parts.view(SEEN, SEEN, samples, down, across, channels)
-    padded = parts.new_zeros(samples, down + 1, TILE, across + 1, TILE, channels)
+    down, across, over = height // TILE, width // TILE, SEEN - TILE
+    parts = parts.view(samples, down, across, SEEN, SEEN, channels).permute(3, 4, 0, 1, 2, 5)
+    padded = parts.new_empty(samples, down + 1, TILE, across + 1, TILE, channels)
+    padded[:, -1] = padded[:, :, :, -1] = 0
     pixels = padded.permute(2, 4, 0, 1, 3, 5)
-    over = SEEN - TILE
     pixels[:, :, :, :-1, :-1] = parts[:TILE, :TILE]
     pixels[:over, :, :, 1:, :-1] += parts[TILE:, :TILE]
     pixels[:, :over, :, :-1, 1:] += parts[:TILE, TILE:]

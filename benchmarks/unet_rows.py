@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.packed import Kept
 from benchmarks.models import Shape, device, hurried, normal, told, unets
 from benchmarks.timing import Case
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_draw
+from ldm.fast import Layers
 from ldm.guidance import Guidance, guided
 from ldm.memory import keep_freed
 from ldm.paths import VP
@@ -76,7 +78,7 @@ def sampling(size: Shape) -> Iterator[Case]:
                 told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
                 yield Case(
                     name=f"sampling, {sampler} {steps}, guidance, batch {batch}{against}",
-                    ours=partial(our_loop, ours, precision, sampler, steps, *told_),
+                    ours=partial(our_loop, ours, precision, sampler, steps, *told_, Kept()),
                     peer=partial(stock_loop, peer, sampler, steps, *told_),
                     fast_peer=partial(stock_loop, fast, sampler, steps, *told_),
                     target=target,
@@ -97,7 +99,7 @@ def hasty(size: Shape) -> Iterator[Case]:
         told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
         yield Case(
             name=f"sampling, dpmpp_2m 20, guidance interval, reuse 3, batch {batch} (another result)",
-            ours=partial(our_loop, ours, "f32", "dpmpp_2m", 20, *told_, INTERVAL, 3),
+            ours=partial(our_loop, ours, "f32", "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
             peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
             fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
             target=3.0,
@@ -115,11 +117,14 @@ def our_loop(
     cond: Cond,
     null: Cond,
     noise: Tensor,
+    kept: Kept[Layers],
     guidance: Guidance = GUIDANCE,
     reuse: int = 1,
 ) -> Tensor:
-    """As `LatentDiffusion` draws, the preparation of the network included."""
-    denoiser = Denoiser(to_draw(unet, precision, reuse=reuse), PATH, make_prediction("epsilon", PATH))
+    """As `LatentDiffusion` draws from the second drawing of a size on: the network's layers are packed."""
+    denoiser = Denoiser(
+        to_draw(unet, precision, reuse=reuse, kept=kept), PATH, make_prediction("epsilon", PATH)
+    )
     grid, start = sampling_grid(PATH, sampler, steps)
     return SAMPLERS[sampler](guided(denoiser, cond, null, guidance), noise * start, grid)
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import flush, write_text
+from autoencoder.files import flush, write_tensors, write_text
 from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm import random
@@ -192,7 +192,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     fresh = path.with_suffix(".writing")
     with writing(path):
         try:
-            save_file(tensors, fresh)
+            write_tensors(fresh, tensors)
             flush(fresh)
             total = digest(fresh)
             fresh.replace(path)

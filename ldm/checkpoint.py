@@ -21,10 +21,10 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from autoencoder.files import flush, link_folder, written_beside
+from autoencoder.files import flush, link_folder, write_tensors, written_beside
 from ldm.config import UserError
 from ldm.sharding import is_sharded, load, whole
 
@@ -102,7 +102,9 @@ def write(
         stored = _Stored(fresh)
         for name, (tensors, values) in snapshot.parts.items():
             elsewhere = {key: place for key, t in tensors.items() if t.numel() and (place := stored.find(t))}
-            save_file({k: t for k, t in tensors.items() if k not in elsewhere}, fresh / f"{name}.safetensors")
+            write_tensors(
+                fresh / f"{name}.safetensors", {k: t for k, t in tensors.items() if k not in elsewhere}
+            )
             (fresh / f"{name}.json").write_text(json.dumps({"state": values, "elsewhere": elsewhere}))
         for name, text in extra.items():
             (fresh / name).write_text(text, encoding="utf-8")

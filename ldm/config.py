@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
@@ -56,9 +58,48 @@ class Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in a sentence, without a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        sentence = " ".join(str(message).split())
+        sentence = in_our_words(" ".join(str(message).split()))
         print(f"{self.prog}: {sentence}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
+
+
+WANTED = {
+    "<class 'int'>": "a whole number",
+    "<class 'float'>": "a finite number",
+    "<class 'bool'>": "true or false",
+    "<class 'str'>": "text",
+    "<class 'tuple'>": "a list",
+    "tuple[int, ...]": "a list of whole numbers",
+}
+
+
+def in_our_words(message: str) -> str:
+    """What jsonargparse says of a value of another type than its key's, as our refusals are worded.
+
+    A message of another form stays as it is, after its key.
+    """
+    if group := re.fullmatch(r"""Parser key "([\w.]+)": Unable to load config '(.*?)' - .*""", message):
+        return f"{group[1]} is {group[2]}, but it is a group of settings: set those by their own names"
+    found = re.fullmatch(r'Parser key "([\w.]+)": (.*?)(?:\. Got|Errors: .* Given) value: (.*)', message)
+    other = re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", message)
+    if found is None:
+        return other
+    key, said, value = found.groups()
+    each = r"typing\.Literal\[.*?\]|<class '\w+'>|tuple\[int, \.\.\.\]|tuple with \d+ elements"
+    kinds = [kind for kind in re.findall(each, said) if kind != "<class 'NoneType'>"]
+    if not kinds:
+        return other
+    return f"{key} is {value}, but must be {' or '.join(map(_wanted, kinds))}"
+
+
+def _wanted(kind: str) -> str:
+    """A type, as jsonargparse writes it, in words."""
+    if kind.startswith("typing.Literal"):
+        *most, last = ast.literal_eval(kind.removeprefix("typing.Literal"))
+        return f"{', '.join(map(str, most))} or {last}" if most else str(last)
+    if kind.startswith("tuple with"):
+        return f"a list of {kind.split()[2]}"
+    return WANTED.get(kind, kind)
 
 
 def parser_for(cls: type, prog: str) -> jsonargparse.ArgumentParser:

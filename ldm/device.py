@@ -1,7 +1,7 @@
 """What is done differently on one kind of device than on another, chosen here from measurements (docs/log.md).
 
 Drawing and decoding:
-    CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed when they are made
+    CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed at the first call
     others  the networks as they are, under autocast if bf16 is asked for
 Training on a CPU: 3x3 convolutions of wide float32 maps by tiles (`autoencoder.winograd_training`), GroupNorm of bf16
 maps by whichever way is fast (`autoencoder.layers`), freed memory kept for the next step (`ldm.memory.keep_freed`).
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from autoencoder import fast as autoencoder_fast
 from autoencoder import tiling
 from autoencoder.kl import AutoencoderKL
+from autoencoder.packed import Kept
 from ldm import fast
 from ldm.conditioning import Cond
 from ldm.denoiser import Network
@@ -31,16 +33,24 @@ Precision = Literal["f32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True, reuse: int = 1) -> Network:
+def to_draw(
+    unet: UNet,
+    precision: Precision = "f32",
+    *,
+    prepare: bool = True,
+    reuse: int = 1,
+    kept: Kept[fast.Layers] | None = None,
+) -> Network:
     """What to call in place of the U-Net to draw with the weights it has now; results are float32.
 
     Args:
         precision: f32 gives what the U-Net gives, to rounding; bf16 is faster, and draws slightly otherwise.
         prepare: false leaves out the preparation for the CPU.
         reuse: see `ldm.fast.Prepared`; above 1, networks are prepared on any device.
+        kept: where the preparation of an earlier drawing is sought, and this one's left.
     """
     if reuse > 1 or (prepare and device_of(unet) == "cpu"):
-        return fast.Prepared(unet, DTYPES[precision], reuse)
+        return fast.Prepared(unet, DTYPES[precision], reuse, kept)
 
     def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -50,28 +60,40 @@ def to_draw(unet: UNet, precision: Precision = "f32", *, prepare: bool = True, r
 
 
 def to_decode(
-    autoencoder: AutoencoderKL, precision: Precision = "f32", *, prepare: bool = True, tile: int | None = None
+    autoencoder: AutoencoderKL,
+    precision: Precision = "f32",
+    *,
+    prepare: bool = True,
+    tile: int | None = None,
+    kept: Kept[autoencoder_fast.Prepared] | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """What to call in place of the autoencoder's `decode`, likewise.
 
     Args:
         tile: pictures with a longer side are decoded one by one, in tiles of it (`autoencoder.tiling`).
+        kept: likewise, but for tiles.
     """
-    network: AutoencoderKL | autoencoder_fast.Prepared = autoencoder
-    if prepare and device_of(autoencoder) == "cpu":
-        network = autoencoder_fast.Prepared(autoencoder, DTYPES[precision])
-    elif tile is not None:
-        # Tiling hooks into the network: into a copy of its own, of the same weights, as other threads decode too.
-        network = deepcopy(autoencoder, {id(weight): weight for weight in autoencoder.parameters()})
-    half = precision == "bf16" and isinstance(network, AutoencoderKL)
+    prepare = prepare and device_of(autoencoder) == "cpu"
+    dtype, factor = DTYPES[precision], autoencoder.config.factor
+    pack = partial(autoencoder_fast.Prepared, autoencoder, dtype)
+    kept = Kept() if kept is None else kept
 
     def decode(z: Tensor) -> Tensor:
+        half = precision == "bf16" and not prepare
         with torch.autocast(z.device.type, torch.bfloat16, enabled=half):
-            if tile is None or max(z.shape[2:]) * autoencoder.config.factor <= tile:
+            if tile is None or max(z.shape[2:]) * factor <= tile:
+                network = kept.of(autoencoder, (dtype, z.shape), pack) if prepare else autoencoder
                 return network.decode(z).float()
-            return torch.cat([tiling.decode(network, one, tile=tile) for one in z.split(1)])
+            # Tiling hooks into a network: into one of its own, as other threads decode too.
+            own = pack() if prepare else shallow(autoencoder)
+            return torch.cat([tiling.decode(own, one, tile=tile) for one in z.split(1)])
 
     return decode
+
+
+def shallow(network: AutoencoderKL) -> AutoencoderKL:
+    """A copy with the same weights."""
+    return deepcopy(network, {id(weight): weight for weight in network.parameters()})
 
 
 def device_of(module: torch.nn.Module) -> str:

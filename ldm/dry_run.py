@@ -170,6 +170,9 @@ class DryRun(Run):
     def say(self, text: str) -> None:
         super().say(f"dry run: {text}")
 
+    def tell(self, text: str) -> None:
+        pass  # a few steps make no model, and its folder is removed
+
     @property
     def fresh(self) -> bool:
         return False  # what a run tries at its start is tried after the probe

@@ -10,12 +10,15 @@ understand the model; it is faster by what follows, most of which is worth littl
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
     doubling    of the resolution with the 3x3 convolution after it is four of 2x2
 
+Packing costs as much as a pass or two, so it is kept from one drawing to the next (`autoencoder.packed.Kept`).
+
 Shapes: B batch, C channels, H x W latent pixels, N = H*W, L prompt tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -23,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.fast_blocks import Doubling, Norm, Residual
-from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import FEW
+from autoencoder.packed import Conv, Kept, Linear, maps, rows
 from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock, attend
 from ldm.checks import require_int
 from ldm.conditioning import Cond
@@ -47,14 +49,27 @@ class Told:
     """B; the feature maps of twins have half as many until the prompt is read"""
 
 
+class Layers:
+    """What a U-Net is made of, with the weights that it has now. Nothing in it is of one drawing."""
+
+    def __init__(self, unet: UNet, dtype: torch.dtype) -> None:
+        reads = not unet.config.promptless
+        self.conv_in, self.conv_out = Conv(unet.conv_in, dtype), Conv(unet.conv_out, dtype)
+        self.down = [Level(block, dtype, reads) for block in unet.down_blocks]  # type: ignore[arg-type]
+        self.middle = Level(unet.mid_block, dtype, reads)
+        self.up = [Level(block, dtype, reads) for block in unet.up_blocks]  # type: ignore[arg-type]
+        self.norm_out = Norm(unet.conv_norm_out, dtype)
+
+
 class Prepared:
-    """A network to draw with, with the weights that the U-Net has now. No gradients, no dropout.
+    """A network to draw with, with the weights that the U-Net has at the first call. No gradients, no dropout.
 
     Args:
         unet: in float32 on the CPU.
         dtype: of weights and activations; results are float32. In bfloat16 they are not those of the U-Net.
         reuse: in how many calls in a row the coarser levels are computed once (DeepCache, Ma et al. 2024); between,
             only the finest level is, which changes what is drawn. 1: always.
+        kept: where packed layers are sought, and left for the next drawing.
 
     An object is for one drawing: it remembers the keys and values of the last prompt, known by being the same tensor.
     Without reuse, several threads may call it all the same.
@@ -63,49 +78,54 @@ class Prepared:
         ValueError: the U-Net is being trained with dropout; reuse is below 1.
     """
 
-    def __init__(self, unet: UNet, dtype: torch.dtype = torch.float32, reuse: int = 1) -> None:
+    def __init__(
+        self, unet: UNet, dtype: torch.dtype = torch.float32, reuse: int = 1, kept: Kept[Layers] | None = None
+    ) -> None:
         require_int("reuse", reuse, 1, 2**31)
         if unet.training and unet.config.dropout:
             raise ValueError(
                 "the U-Net is being trained, with dropout; call eval() on it, or draw with its average"
             )
-        self.unet, self.dtype, reads = unet, dtype, not unet.config.promptless
-        self.conv_in, self.conv_out = Conv(unet.conv_in, dtype), Conv(unet.conv_out, dtype)
-        self.down = [Level(block, dtype, reads) for block in unet.down_blocks]  # type: ignore[arg-type]
-        self.middle = Level(unet.mid_block, dtype, reads)
-        self.up = [Level(block, dtype, reads) for block in unet.up_blocks]  # type: ignore[arg-type]
-        self.norm_out = Norm(unet.conv_norm_out, dtype)
-        self.reuse = reuse
+        self.unet, self.dtype, self.reuse = unet, dtype, reuse
+        self._kept = Kept() if kept is None else kept
+        self._layers: Layers | None = None
         self._last: tuple[Tensor, Words] | None = None
-        self._kept: Kept | None = None
+        self._came: Came | None = None
+
+    def layers(self, shape: torch.Size) -> Layers:
+        """Packed for inputs [B,C,H,W]; at later calls the same, whatever comes."""
+        if self._layers is None:
+            pack = partial(Layers, self.unet, self.dtype)
+            self._layers = self._kept.of(self.unet, (self.dtype, shape), pack)
+        return self._layers
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """As `UNet.forward`, with the same ValueErrors."""
         self.unet.check(x, t, cond)
-        told = self._told(t, cond)
+        layers, told = self.layers(x.shape), self._told(t, cond)
         if len(told.emb) == 1 and told.words and twins(x):
             x = x[: len(x) // 2]
-        x = self.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        x = layers.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
-        x = self.down[0].layers(x, skips, told)
-        x = self.up[-1].up(self._within(x, skips, told), skips, told)
-        return self.conv_out(self.norm_out.silu(x)).float()
+        x = layers.down[0].layers(x, skips, told)
+        x = layers.up[-1].up(self._within(layers, x, skips, told), skips, told)
+        return layers.conv_out(layers.norm_out.silu(x)).float()
 
-    def _within(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
+    def _within(self, layers: Layers, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
         """What comes up to the finest level, from what goes down from it; or what came up at an earlier call."""
-        kept = self._kept
-        if kept and kept.calls and kept.words is told.words and kept.fits(x, told.samples):
-            self._kept = kept._replace(calls=kept.calls - 1)
-            return kept.inner
-        x = self.down[0].halved(x, skips)
-        for level in self.down[1:]:
+        came = self._came
+        if came and came.calls and came.words is told.words and came.fits(x, told.samples):
+            self._came = came._replace(calls=came.calls - 1)
+            return came.inner
+        x = layers.down[0].halved(x, skips)
+        for level in layers.down[1:]:
             x = level.halved(level.layers(x, skips, told), skips)
-        x = self.middle.layers(x, [], told)
-        for level in self.up[:-1]:
+        x = layers.middle.layers(x, [], told)
+        for level in layers.up[:-1]:
             x = level.up(x, skips, told)
         if self.reuse > 1:
-            self._kept = Kept(self.reuse - 1, x, told.words)
+            self._came = Came(self.reuse - 1, x, told.words)
         return x
 
     def _told(self, t: Tensor, cond: Cond) -> Told:
@@ -128,7 +148,7 @@ class Prepared:
         return split(k, layer.heads).contiguous(), split(v, layer.heads).contiguous()
 
 
-class Kept(NamedTuple):
+class Came(NamedTuple):
     """What came up to the finest level, for calls to come."""
 
     calls: int
@@ -146,7 +166,7 @@ class Level:
     """
 
     def __init__(self, block: Block, dtype: torch.dtype, reads: bool) -> None:
-        self.resnets = [Residual(resnet, dtype, FEW) for resnet in block.resnets]  # type: ignore[arg-type]
+        self.resnets = [Residual(resnet, dtype) for resnet in block.resnets]  # type: ignore[arg-type]
         self.attentions = [Pixels(layer, dtype, reads) for layer in block.attentions]  # type: ignore[arg-type]
         self.downsamplers = [Conv(layer.conv, dtype) for layer in getattr(block, "downsamplers", ())]
         above = [layer.conv for layer in getattr(block, "upsamplers", ())]

@@ -40,8 +40,17 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"optimizer.lr is {self.lr}, but must be a positive number")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas are {[*self.betas]}, but must lie in [0, 1)")
+        for name in ("weight_decay", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}, but must not be negative")
         if not 0 <= self.decay_from < 1:
             raise ValueError(f"optimizer.decay_from is {self.decay_from}, but must lie in [0, 1)")
+        if self.decay_from and self.decay == "none":
+            raise ValueError(
+                "optimizer.decay_from is set, but optimizer.decay is none: remove one of the two"
+            )
         if self.name == "schedulefree" and self.decay != "none":
             raise ValueError(
                 f"optimizer.decay is {self.decay}, but schedulefree needs no fall of the rate; set it to none"

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoencoder.files import flush
+from autoencoder.files import flush, write_tensors
 from ldm.checkpoint import writing
 from ldm.config import UserError
 from ldm.ema import EMA
@@ -100,7 +99,7 @@ class Profiles:
         fresh = target.with_suffix(".writing")
         with writing(target):
             folder.mkdir(exist_ok=True)
-            save_file(tensors, fresh)
+            write_tensors(fresh, tensors)
             flush(fresh)
             fresh.replace(target)
 

@@ -51,6 +51,12 @@ class RunConfig:
         for name in ("steps", "batch_size", "accumulate", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"run.{name} is {getattr(self, name)}, but must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"run.seed is {self.seed}, but must lie between 0 and 2^32 - 1")
+        if not self.max_norm > 0:
+            raise ValueError(
+                f"run.max_norm is {self.max_norm}, but must be positive: gradients are scaled to it"
+            )
         if not self.timeout > 0:
             raise ValueError(f"run.timeout is {self.timeout}, but must be a positive number of seconds")
         if self.keep < 2:

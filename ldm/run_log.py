@@ -48,6 +48,10 @@ class RunLog:
             ):  # a terminal that is gone; a signal while another text is printed
                 tqdm.write(text, file=sys.stderr)
 
+    def tell(self, text: str) -> None:
+        """Say what came of the training."""
+        self.say(text)
+
     def picture(self, sheet: Image.Image, name: str) -> None:
         """Save a picture as samples/NAME-STEP.png, with what its `info` says of it."""
         folder = self.out / "samples"

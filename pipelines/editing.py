@@ -116,8 +116,9 @@ def inpaint(
     """Draw anew where the mask is white; where it is black, the picture's own pixels come back exactly.
 
     After each step the known latents are put back, noised to its level (Lugmayr et al. 2022, eq. 8; what stock
-    inpainting does with a U-Net of 4 channels). What the picture shows in the hole has no part in it, and the colours
-    of what was drawn are shifted so that it meets the known pixels.
+    inpainting does with a U-Net of 4 channels); a model that was trained to fill holes is told what is known instead.
+    What the picture shows in the hole has no part in it, and the colours of what was drawn are shifted so that it meets
+    the known pixels.
 
     Args:
         mask: of the picture's size; white is the hole, grey mixes.
@@ -140,7 +141,7 @@ def inpaint(
         pixels = to_tensor(upright(picture))[None].to(model.device)
         how: dict[str, Any] = {"steps": steps, "sampler": sampler, "spacing": spacing, "guidance": guidance}
         made = hole_filled(model, pixels[0], edge[0], read, seeds, **how, negative=negative)
-        return to_images(made * edge + pixels * (1 - edge))
+        return to_images(joined(made, pixels, edge))
     pixels = to_pixels(model, picture)
     covered = filled(pixels, (hole == 0).to(pixels))
     start = begin(model, covered, prompts, classes, guidance, negative, n, seed)
@@ -173,7 +174,7 @@ def drawn_in(
 
 
 def joined(made: Tensor, pixels: Tensor, edge: Tensor) -> Tensor:
-    """What was drawn [B,3,H,W], inside the picture [1,3,H,W]: where edge [1,1,H,W] is 0, exactly the picture.
+    """What was drawn [B,3,H,W], inside pictures [1 or B,3,H,W]: where edge [1 or B,1,H,W] is 0, exactly these.
 
     By how much the two differ outside of the hole is taken from what was drawn, going over smoothly into the hole, so
     that no seam shows (Farbman et al. 2009 do so with coordinates instead of `filled`).

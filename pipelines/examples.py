@@ -14,6 +14,7 @@ from ldm.conditioning import ClassAndText, Unconditional, text_of
 from ldm.data import Source
 from ldm.pictures import to_images, to_tensor
 from ldm.tasks import Inpaint, Task, Upscale, spoiled
+from pipelines.editing import joined
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.sheets import side_by_side
 from pipelines.tasks import made
@@ -53,8 +54,14 @@ class Examples:
         given = spoiled(task, pictures, seed, range(len(pictures)))
         return cls(task=task, given=given, read=read, wanted=truth)
 
-    def made(self, model: LatentDiffusion, seed: int = 0, batch: int = 32, **settings: Any) -> Tensor:
-        """What the model makes of them, [N,3,H,W] in [-1, 1]; example i from seed + i. Settings as those of `made`."""
+    def made(
+        self, model: LatentDiffusion, seed: int = 0, batch: int = 32, shifted: bool = True, **settings: Any
+    ) -> Tensor:
+        """What the model makes of them, [N,3,H,W] in [-1, 1]; example i from seed + i. Settings as those of `made`.
+
+        Of inpainting all known pixels are as they were; if `shifted`, what was drawn meets them (`editing.joined`),
+        else it is as stock pipelines leave it.
+        """
         parts = []
         for first in range(0, len(self.wanted), batch):
             rows = slice(first, first + batch)
@@ -63,15 +70,17 @@ class Examples:
             )
             seeds = range(seed + first, seed + first + len(self.wanted[rows]))
             pixels = made(model, given, read, seeds, **settings).cpu().clamp(-1, 1)
-            parts.append(self.kept(pixels, rows))
+            parts.append(self.kept(pixels, rows, shifted))
         return torch.cat(parts)
 
-    def kept(self, pixels: Tensor, rows: slice) -> Tensor:
+    def kept(self, pixels: Tensor, rows: slice, shifted: bool) -> Tensor:
         """Of inpainting, the known pixels put back."""
         if not isinstance(self.task, Inpaint):
             return pixels
-        hole = self.given["mask"][rows]
-        return pixels * hole + self.given["picture"][rows] * (1 - hole)
+        picture, hole = self.given["picture"][rows], self.given["mask"][rows]
+        if shifted:
+            return joined(pixels, picture, hole).clamp(-1, 1)
+        return pixels * hole + picture * (1 - hole)
 
     def seen(self) -> Tensor:
         """What is given as pictures of full size, [N,3,H,W]: small ones enlarged (bicubic), holes grey."""

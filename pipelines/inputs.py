@@ -28,7 +28,11 @@ def read_picture(file: Path, size: tuple[int, int] | None = None) -> Image.Image
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """RGB, turned by its EXIF orientation, transparency on white, 16 bits scaled to 8."""
+    """RGB, turned by its EXIF orientation, transparency on white, 16 bits scaled to 8; TypeError for no PIL image."""
+    if not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"{picture!r:.60} is no picture; give a PIL image, such as PIL.Image.open reads from a file"
+        )
     turned = ImageOps.exif_transpose(picture)
     return fitted(turned, turned.size, "white")
 
@@ -53,7 +57,7 @@ def to_mask(mask: Image.Image, picture: Image.Image) -> Tensor:
     Raises:
         ValueError: another size than the picture's; no hole, or nothing else.
     """
-    size, grey = ImageOps.exif_transpose(picture).size, upright(mask).convert("L")
+    size, grey = upright(picture).size, upright(mask).convert("L")
     if grey.size != size:
         raise ValueError(f"mask has the size {grey.size}, but the picture {size}; make them one size")
     darkest, brightest = grey.getextrema()
@@ -75,11 +79,12 @@ def softened(hole: Tensor, soft: int) -> Tensor:
 
 
 def filled(pixels: Tensor, known: Tensor) -> Tensor:
-    """Where known [1,1,H,W] is 0, colours that go smoothly over from what surrounds it; elsewhere pixels [1,3,H,W].
+    """Where known [B,1,H,W] is 0, colours that go smoothly over from what surrounds it; elsewhere pixels [B,3,H,W].
 
-    Means over ever larger blocks, of known pixels alone, until every block has some (pull-push, Gortler et al. 1996).
+    Means over ever larger blocks, of known pixels alone, until every block has some (pull-push, Gortler et al. 1996); 0
+    where nothing is known of a picture.
     """
-    if known.all():
+    if known.all() or pixels.shape[2:] == (1, 1):
         return pixels
     share = F.avg_pool2d(known, 2, ceil_mode=True)
     means = F.avg_pool2d(pixels * known, 2, ceil_mode=True) / share.clamp(min=1e-6)

@@ -8,7 +8,7 @@ model("a large red circle at the top left on a white background", seed=1)[0].sho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -19,12 +19,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from autoencoder import tiling
+from autoencoder.fast import Prepared as Decoder
 from autoencoder.kl import AutoencoderKL
+from autoencoder.packed import Kept
 from autoencoder.store import weight_hash
 from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, labels_of, text_of
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_decode, to_draw
+from ldm.fast import Layers
 from ldm.guidance import Guidance, guided
 from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
@@ -33,7 +36,7 @@ from ldm.prediction import Prediction
 from ldm.samplers import SAMPLERS, WITH_ETA, Denoise, Noise, Sampler
 from ldm.tasks import Given, Task
 from ldm.unet import UNet
-from pipelines.prompts import READING, as_text, as_texts, warn_of_cut
+from pipelines.prompts import READING, as_text, as_texts, warn_of_unread
 from pipelines.schedulers import sampling_grid
 
 
@@ -41,11 +44,12 @@ from pipelines.schedulers import sampling_grid
 class LatentDiffusion:
     """Everything that drawing needs. All parts live on one device; weights are not changed.
 
-    Nothing is kept from one call to the next, so that threads may draw with one object at once.
+    Nothing of a call is kept for the next, so that threads may draw with one object at once.
     `sampler` is the one that is used unless a call names another, and the one that a saved folder names, with the
     `spacing` of its steps; without, the sampler's usual one.
     In `precision` bf16 drawing is faster, and pictures differ slightly. With `fast`, networks are prepared for a CPU
-    each time something is drawn (`ldm.fast`), which changes results by rounding; without, they are run as they are.
+    (`ldm.fast`), which changes results by rounding, and stay so while the same sizes are drawn, which takes as much
+    memory again as they do, or some times as much; without, they are run as they are.
     `reuse` above 1 computes the coarser levels of the U-Net once in so many steps (DeepCache, Ma et al. 2024): faster,
     and other pictures.
     """
@@ -62,6 +66,8 @@ class LatentDiffusion:
     precision: Precision = "f32"
     fast: bool = True
     reuse: int = 1
+    _layers: Kept[Layers] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _decoder: Kept[Decoder] = field(default_factory=Kept, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int("reuse", self.reuse, 1, 2**31)
@@ -218,7 +224,7 @@ class LatentDiffusion:
     def read(
         self, prompts: str | Sequence[str] | None, n: int, classes: str | Sequence[str] | None = None
     ) -> dict[str, Tensor]:
-        """Prompts, each n times, as the conditioner's batch; `CutPrompt` warns of what is too long to be read."""
+        """Prompts, each n times, as the conditioner's batch; `Unread` warns of what is too long, or strange to it."""
         if classes is not None and not isinstance(self.conditioner, ClassAndText):
             raise ValueError("classes are given, but this model is not told both captions and classes")
         if isinstance(self.conditioner, Unconditional):
@@ -231,7 +237,7 @@ class LatentDiffusion:
         repeated = [name for name in names for _ in range(n)]
         with READING:
             if text := text_of(self.conditioner):
-                warn_of_cut(text, names)
+                warn_of_unread(text, names)
             if not isinstance(self.conditioner, ClassAndText):
                 return self.conditioner.read(repeated)
             return self.conditioner.read(repeated, self._classes(classes, len(names), n))
@@ -264,7 +270,7 @@ class LatentDiffusion:
                 f"negative is {negative!r}, but only a model of captions can be told what to avoid"
             )
         with READING:
-            warn_of_cut(text, [negative])
+            warn_of_unread(text, [negative])
             read = text.read([negative] * n)
         avoid = text({key: value.to(self.device) for key, value in read.items()})
         return self.conditioner.null(n)._replace(tokens=avoid.tokens, pooled=avoid.pooled)
@@ -275,6 +281,8 @@ class LatentDiffusion:
         side = self.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side or (None, None)
         if size is not None:
+            if len(size) != 2:
+                raise ValueError(f"size is {size!r:.60}, but must be (width, height)")
             for name, value in zip(("width", "height"), size, strict=True):
                 require_int(name, value, 1, 65_536)
                 if value < factor or value % factor:
@@ -289,7 +297,7 @@ class LatentDiffusion:
 
     def denoiser(self) -> Denoiser:
         """To draw with: no gradients, and the weights that the U-Net has now."""
-        network = to_draw(self.unet, self.precision, prepare=self.fast, reuse=self.reuse)
+        network = to_draw(self.unet, self.precision, prepare=self.fast, reuse=self.reuse, kept=self._layers)
         return Denoiser(network, self.path, self.prediction)
 
     def image(self, given: Given, noise: Callable[[], Tensor]) -> Tensor:
@@ -313,7 +321,8 @@ class LatentDiffusion:
         """Latents [B,C,h,w] => pixels [B,3,H,W] in about [-1, 1]; those larger than `tile` one by one, in tiles."""
         config = self.autoencoder.config
         raw = z / config.scaling_factor + (config.shift_factor or 0.0)
-        return to_decode(self.autoencoder, self.precision, prepare=self.fast, tile=tile)(raw)
+        decode = to_decode(self.autoencoder, self.precision, prepare=self.fast, tile=tile, kept=self._decoder)
+        return decode(raw)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a stock diffusers folder; see `diffusers_format.save`."""

@@ -1,23 +1,31 @@
-"""Prompts as people give them: that they are text, and what of them a model is not told."""
+"""Prompts as people give them: that they are text, and what of them means nothing to a model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
+from string import punctuation
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from ldm.conditioning import Text
 from ldm.config import UserError
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
 LONGEST = 100_000
 """Characters of a prompt; no encoder here reads as many"""
+MOST = 8
+"""Words that a warning names"""
 READING = Lock()
 """Held while a tokenizer is called: the `tokenizers` library changes a tokenizer to read with it"""
 
 
-class CutPrompt(UserWarning):
-    """A prompt is longer than the tokenizer's limit."""
+class Unread(UserWarning):
+    """Part of a prompt means nothing to the model: what is beyond the tokenizer's limit, or a word that it has not."""
 
 
 def as_texts(name: str, given: object) -> list[str]:
@@ -50,34 +58,81 @@ def as_text(name: str, given: object) -> str:
     return given
 
 
-def warn_of_cut(text: Text, captions: Iterable[str]) -> None:
-    """A `CutPrompt` that says the rest of each caption that is longer than the limit. Call it holding `READING`."""
+def warn_of_unread(text: Text, captions: Iterable[str]) -> None:
+    """`Unread` for the end of each caption that is too long, and for all strange words. Call it holding `READING`."""
+    strange: dict[str, None] = {}
     for caption in dict.fromkeys(captions):
-        if rest := unread(text, caption):
+        rest, words = unread(text, caption)
+        strange |= dict.fromkeys(words)
+        if rest:
             warnings.warn(
-                f"of the prompt {caption!r:.60} the end is not read, as the model's limit is {text.max_length} "
-                f"tokens: {rest!r:.200}",
-                CutPrompt,
+                f"of the prompt {brief(caption, 60)} the end is not read, as the model's limit is {text.max_length} "
+                f"tokens: {brief(rest, 200)}",
+                Unread,
                 stacklevel=4,
             )
+    if strange:
+        known = [word for tokenizer in text.tokenizers for word in tokenizer.get_vocab()]
+        more = f" and {len(strange) - MOST} more" if len(strange) > MOST else ""
+        warnings.warn(
+            f"the model's vocabulary has no {', '.join(suggested(word, known) for word in [*strange][:MOST])}{more}: "
+            "it reads letters instead, and hardly knows what is meant",
+            Unread,
+            stacklevel=4,
+        )
 
 
-def unread(text: Text, caption: str) -> str:
-    """The end of a caption that the encoder, or one of two, is not told; mostly ""."""
-    rests = [""]
+def brief(text: str, most: int) -> str:
+    """A text in quotes, or so many characters of it."""
+    return repr(text if len(text) <= most else f"{text[:most]}...")
+
+
+def suggested(word: str, known: Iterable[str]) -> str:
+    """A word, and the nearest known one, if there is one nearby."""
+    near = get_close_matches(word.lower(), known, 1, cutoff=0.75)
+    return brief(word, 40) + (f" ({near[0]}?)" if near else "")
+
+
+def unread(text: Text, caption: str) -> tuple[str, list[str]]:
+    """The end of a caption that the encoder, or one of two, is not told, mostly ""; and the `strange_words` before."""
+    rests, strange = [""], []
     for tokenizer in text.tokenizers:
         limit = tokenizer.model_max_length
-        told = tokenizer([caption], padding="max_length", truncation=True, max_length=limit)
-        for over in told.encodings[0].overflowing[:1]:
+        told = tokenizer([caption], padding="max_length", truncation=True, max_length=limit).encodings[0]
+        strange += strange_words(told, caption, tokenizer.unk_token_id)
+        for over in told.overflowing[:1]:
             words = zip(over.offsets, over.special_tokens_mask, strict=True)
             rests.append(caption[min(start for (start, _), special in words if not special) :])
-    return max(rests, key=len)
+    return max(rests, key=len), strange
+
+
+def strange_words(told: Encoding, caption: str, unknown: int | None) -> list[str]:
+    """Words of a caption that a tokenizer has not: it reads them letter by letter, or as the token `unknown`."""
+    pieces: dict[int, set[tuple[int, int]]] = {}
+    missing = set()
+    for word, span, token in zip(told.word_ids, told.offsets, told.ids, strict=True):
+        if word is not None and span[0] < span[1]:
+            pieces.setdefault(word, set()).add(span)
+            missing |= {word} if token == unknown else set()
+    strange = []
+    for word, spans in pieces.items():
+        whole = caption[min(spans)[0] : max(spans)[1]].strip()
+        spelled = len(spans) > 1 and all(end - start == 1 for start, end in spans) and whole.isalpha()
+        if spelled or (word in missing and whole not in punctuation):
+            strange.append(whole)
+    return strange
 
 
 def read_lines(file: Path) -> list[str]:
-    """The prompts in a file, one a line, empty lines left out; UserError if it is no text in UTF-8, or has none."""
+    """The prompts in a file, one a line, empty lines left out.
+
+    Raises:
+        UserError: it can't be read, is no text in UTF-8, or has none.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as problem:
+        raise UserError(f"The prompts in {file} can't be read: {problem.strerror}.") from None
     except UnicodeDecodeError as problem:
         raise UserError(f"{file} is no text in UTF-8 (byte {problem.start}); save it as UTF-8.") from None
     prompts = [line.strip() for line in lines if line.strip()]

@@ -140,8 +140,8 @@ def hole_filled(
 ) -> Tensor:
     """Pixels [B,3,H,W] with something else where hole [1,H,W] is not 0, and around it about the picture [3,H,W].
 
-    What `editing.inpaint` does with a model that was trained for it: it is told the hole and what surrounds it. In the
-    hole the result is that of stock `StableDiffusionInpaintPipeline` for the same seed.
+    What `editing.inpaint` begins with for a model that was trained for it: it is told the hole and what surrounds it.
+    The result is that of stock `StableDiffusionInpaintPipeline` for the same seed.
     """
     factor = model.autoencoder.config.factor
     one = {"picture": padded(picture, factor), "mask": padded((hole > 0).float(), factor)}

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("diffusers", reason="the benchmark's other side")
 
+from autoencoder.packed import Kept
 from benchmarks.models import SMALL, Shape, told, unets
 from benchmarks.timing import Case, Effort
 from benchmarks.unet_rows import our_loop, stock_loop
@@ -46,7 +47,7 @@ def test_both_sides_draw_the_same() -> None:
     told_ = told(tiny, 2), told(tiny, 2, seed=9), torch.randn(2, 4, 8, 8)
     for sampler in ("ddim", "dpmpp_2m"):
         wanted = stock_loop(peer, sampler, 5, *told_)
-        made = our_loop(ours, "f32", sampler, 5, *told_)
+        made = our_loop(ours, "f32", sampler, 5, *told_, Kept())
         assert float((made - wanted).abs().max() / wanted.abs().max()) <= 1e-4
-        hasty = our_loop(ours, "f32", sampler, 5, *told_, Guidance(scale=4.0, interval=(0.5, 4.0)), 2)
+        hasty = our_loop(ours, "f32", sampler, 5, *told_, Kept(), Guidance(scale=4.0, interval=(0.5, 4.0)), 2)
         assert float((hasty - wanted).abs().max() / wanted.abs().max()) > 1e-4

@@ -45,7 +45,7 @@ def test_generate_writes_pictures_with_their_settings(chain: Path, tmp_path: Pat
         (
             ["generate", "{ldm}", "x", "--out", "{ldm}/config.yaml"],
             1,
-            "can't be a folder for pictures: File exists",
+            "config.yaml can't be written to: File exists",
         ),
         (["generate", "{ldm}", "x", "--out", "o", "--stepz", "3"], 2, "unrecognized arguments: --stepz"),
         (["paint"], 2, "invalid choice: 'paint'"),

@@ -89,3 +89,32 @@ def undocumented(kind: type) -> list[str]:
 @pytest.mark.parametrize("script", [train_vae, train_ldm])
 def test_every_setting_says_what_it_is(script) -> None:
     assert undocumented(script.Recipe) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--loss.kl nan", "loss.kl is nan, but must be a finite number"),
+        ("--run.steps 1.5", "run.steps is 1.5, but must be a whole number"),
+        ("--data.flip maybe", "data.flip is maybe, but must be true or false"),
+        ("--loss.lpips.network resnet", "loss.lpips.network is resnet, but must be alex, vgg or squeeze"),
+        ("--network.preset huge", "network.preset is huge, but must be tiny, small or base"),
+        ("--network.factor eight", "network.factor is eight, but must be a whole number"),
+        (
+            "--network.block_out_channels [8,a]",
+            "network.block_out_channels is [8, 'a'], but must be a list of whole",
+        ),
+        ("--optimizer.betas [0.9]", "optimizer.betas is [0.9], but must be a list of 2"),
+        ("--loss.gan 5", "loss.gan is 5, but it is a group of settings"),
+        ("--config nowhere.yaml", "config: File does not exist"),
+        ("--run.seed -1", "run.seed is -1, but must lie between 0 and 2^32 - 1"),
+        ("--run.max_norm 0", "run.max_norm is 0.0, but must be positive"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_told_in_a_sentence(
+    flags: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(train_vae.Recipe, ["--config", "tests/toy/vae.yaml", *flags.split()], prog="train_vae.py")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"train_vae.py: {sentence}") and said.count("\n") == 1

@@ -14,7 +14,7 @@ from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.editing import image_to_image
 from pipelines.inversion import blended, interpolate, invert, vary
-from pipelines.prompts import CutPrompt
+from pipelines.prompts import Unread
 from pipelines.record import fingerprint, read_record, recreate
 from pipelines.safety import provenance
 from tests.drawing_memory import measured
@@ -39,7 +39,7 @@ def test_threads_share_one_pipeline(model: LatentDiffusion) -> None:
 
     jobs = range(8 * 5)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CutPrompt)
+        warnings.simplefilter("ignore", Unread)
         alone = [draw(job) for job in jobs]
         with ThreadPoolExecutor(8) as pool:
             together = [*pool.map(draw, jobs)]
@@ -205,10 +205,20 @@ def test_what_is_cut_of_a_prompt_is_said(kind: str, encoders: dict[str, Path]) -
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         told(CAPTIONS[0][:6], steps=2)
-    with pytest.warns(CutPrompt, match=r"limit is 12 tokens: '[^']*red end'"):
+    with pytest.warns(Unread, match=r"limit is 12 tokens: '[^']*red end'"):
         told("red red red red red red red red red red red red red end", steps=2)
-    with pytest.warns(CutPrompt, match="the end is not read"):
+    with pytest.warns(Unread, match="the end is not read"):
         told("red", negative="red " * 20, steps=2)
+
+
+def test_words_that_a_model_has_not_are_said(model: LatentDiffusion) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model([PROMPT, OTHER.upper(), ""], steps=1)
+    with pytest.warns(Unread, match=r"has no 'kiwi', 'Circl' \(circle\?\), '☃': it reads letters instead"):
+        model(["a kiwi", "a Circl ☃, a kiwi"], steps=1)
+    with pytest.warns(Unread, match="has no 'pear'"):
+        model(PROMPT, negative="a pear", steps=1)
 
 
 def test_classes_beside_captions(encoders: dict[str, Path]) -> None:
@@ -280,7 +290,8 @@ def test_bad_prompts_end_in_a_sentence(
         (["--prompts", str(tmp_path / "latin.txt")], 1, "is no text in UTF-8 (byte 3)"),
         (["--prompts", str(tmp_path / "empty.txt")], 1, "has no prompts"),
         (["--prompts", str(tmp_path / "large.txt")], 1, "10,000,000 characters"),
-        (["--prompts", str(tmp_path / "missing.txt")], 1, "No such file"),
+        (["--prompts", str(tmp_path / "missing.txt")], 1, "missing.txt can't be read: No such file"),
+        ([PROMPT, "--class", "pear"], 1, "this model is told no classes"),
         (["bytes \udcff"], 1, "is no text: character 6"),
         ([PROMPT, "--seed", "1,2"], 1, "2 seeds for 1 pictures"),
         ([PROMPT, "--seed", "one"], 2, "'one' is no whole number"),

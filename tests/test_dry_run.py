@@ -37,8 +37,9 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, more: list[str]
 ) -> None:
     SCRIPTS[stage].main(arguments(stage, chain, tmp_path / "new" / "run") + more)
-    said = capsys.readouterr().out
+    said, beside = capsys.readouterr()
     assert "seed: 0" in said and "images/s" in said and "All was tried once and worked" in said
+    assert "the model is in" not in beside, "nothing came of it"
     weights = sum(p.numel() for p in AutoencoderKL.from_pretrained(chain / "vae/model").parameters())
     assert f"{weights:,} {'trained' if stage == 'vae' else 'frozen'}" in said
     assert "for the 6 steps from here" in said

@@ -181,6 +181,17 @@ def test_bad_input_is_answered_in_a_sentence(model: LatentDiffusion, picture: Im
             work()
 
 
+def test_what_is_no_picture_is_said(model: LatentDiffusion, picture: Image.Image) -> None:
+    for work in (
+        lambda: image_to_image(model, "picture.png", PROMPT),  # type: ignore[arg-type]
+        lambda: inpaint(model, picture, None, PROMPT),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match="is no picture; give a PIL image"):
+            work()
+    with pytest.raises(ValueError, match=r"must be \(width, height\)"):
+        model(PROMPT, size=(16,))  # type: ignore[arg-type]
+
+
 def test_what_was_drawn_meets_the_known_pixels() -> None:
     made = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 17, 24, generator=made)
@@ -253,7 +264,7 @@ def test_editing_from_the_command_line(
         (["edit", model, drawn, PROMPT, "--size", "1x1"], 1, "the picture is 1x1"),
         (["edit", model, drawn], 1, "There is no prompt, but this model needs a caption"),
         (["vary", model, drawn], 1, "There is no prompt, but this model needs a caption"),
-        (["vary", model, drawn, PROMPT, "--class", "pear"], 1, "told one of the two"),
+        (["vary", model, drawn, PROMPT, "--class", "pear"], 1, "this model is told no classes"),
         (["inpaint", model, drawn, PROMPT], 2, "--mask"),
         (["inpaint", model, drawn, PROMPT, "--mask", f"{out}/white.png"], 1, "white everywhere"),
         (["vary", model, drawn, PROMPT, "--amount", "2"], 1, "amount is 2.0"),

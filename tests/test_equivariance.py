@@ -96,7 +96,9 @@ def test_pictures_and_latents_are_brought_to_matching_sizes(scale: float) -> Non
     ("keys", "message"),
     [
         ({"probability": 1.5}, "probability is 1.5"),
-        ({"smallest": 0.0}, "smallest is 0.0"),
+        ({"smallest": 0.5}, "smallest is set, but equivariance.probability is 0"),
+        ({"turn": False}, "turn is set, but equivariance.probability is 0"),
+        ({"probability": 0.5, "smallest": 0.0}, "smallest is 0.0"),
         ({"probability": 0.5, "smallest": 1, "turn": False}, "changes nothing"),
     ],
 )

@@ -214,7 +214,10 @@ SWEEP = ("--model", "{ldm}", "--data", "{data}", "--extractor", "none", "--out",
         ),
         (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--size", "0"], "--size is 0"),
         (["evaluate", "{vae}", "--data", "{data}", "--extractor", "none", "--steps", "3"], "draws nothing"),
-        (["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "{data}"], "is a folder"),
+        (
+            ["evaluate", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "{data}"],
+            "must name a file .json",
+        ),
         (["sweep", "steps", "1", "--model", "{vae}", "--data", "{data}", "--out", "x.png"], "draws nothing"),
         (
             ["sweep", "steps", "1.5", "--model", "{ldm}", "--data", "{data}", "--out", "x.png"],

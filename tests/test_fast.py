@@ -15,8 +15,9 @@ import torch
 from autoencoder import packed, winograd
 from autoencoder.fast import Prepared as PreparedAutoencoder
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from autoencoder.packed import Kept
 from ldm.conditioning import ClassLabels, Cond
-from ldm.fast import Prepared
+from ldm.fast import Layers, Prepared
 from ldm.paths import VP
 from ldm.prediction import make_prediction
 from ldm.unet import UNet, UNetConfig
@@ -76,9 +77,10 @@ def test_twins_are_one_until_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch)
     """The first convolution sees half of a guided pair, and all of a batch whose halves differ."""
     plain = unet("sd15")
     fast, seen = Prepared(plain), []
-    first = fast.conv_in
-    monkeypatch.setattr(fast, "conv_in", lambda x: seen.append(len(x)) or first(x))
     x, t, cond = inputs(plain.config)
+    layers = fast.layers(x.shape)
+    first = layers.conv_in
+    monkeypatch.setattr(layers, "conv_in", lambda x: seen.append(len(x)) or first(x))
     both, t = guided_pair(cond), t[:1].expand(4)
     fast(torch.cat([x, x]), t, both)
     fast(torch.cat([x, x + 1e-6]), t, both)
@@ -112,9 +114,10 @@ def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: py
     """The first call is exact; between, the finest level is computed; what does not fit is not reused."""
     plain = unet("sdxl")
     fast, coarse = Prepared(plain, reuse=3), []
-    middle = fast.middle.layers
-    monkeypatch.setattr(fast.middle, "layers", lambda *args: coarse.append(1) or middle(*args))
     x, t, cond = inputs(plain.config)
+    level = fast.layers(x.shape).middle
+    middle = level.layers
+    monkeypatch.setattr(level, "layers", lambda *args: coarse.append(1) or middle(*args))
     assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5
     assert difference(fast(x, t, cond), plain(x, t, cond)) <= 1e-5  # nothing has changed since
     assert difference(fast(2 * x, t, cond), plain(2 * x, t, cond)) > 1e-3
@@ -125,15 +128,35 @@ def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: py
         Prepared(plain, reuse=0)
 
 
-def test_weights_of_the_time_of_preparing(kind: str) -> None:
-    """A change of the U-Net needs another preparation, as its docstring says, and gets it."""
-    plain = unet("scale and shift")
-    Prepared(plain)
-    with torch.no_grad():
-        for p in plain.parameters():
-            p += 0.05
+@pytest.mark.parametrize("change", ["in place", "loaded", "other parameters", "moved", "inference mode"])
+def test_layers_are_kept_until_weights_change(change: str) -> None:
+    """From one drawing to the next of the same size; then made anew, as for another size or precision."""
+    plain, kept = unet("scale and shift"), Kept()
     x, t, cond = inputs(plain.config)
-    assert difference(Prepared(plain)(x, t, cond), plain(x, t, cond)) <= 1e-5
+
+    def layers(dtype: torch.dtype = torch.float32, samples: int = 2) -> Layers:
+        network = Prepared(plain, dtype, kept=kept)
+        made = network(x[:samples], t[:samples], Cond(*(None if p is None else p[:samples] for p in cond)))
+        assert difference(made, plain(x, t, cond)[:samples]) <= (1e-5 if dtype == torch.float32 else 0.1)
+        return network.layers(x.shape)
+
+    first = layers()
+    assert layers() is first
+    for other in (layers(samples=1), layers(torch.bfloat16)):
+        assert other is not first
+    first, state = layers(), {name: p + 0.05 for name, p in plain.state_dict().items()}
+    with torch.no_grad(), torch.inference_mode(change == "inference mode"):
+        if change in ("loaded", "other parameters"):
+            plain.load_state_dict(state, assign=change == "other parameters")
+        elif change == "inference mode":
+            plain.load_state_dict({name: p + 0.05 for name, p in state.items()}, assign=True)
+        elif change == "moved":
+            plain.double().float()
+        else:
+            torch._foreach_mul_([*plain.parameters()], 1.1)
+    second = layers()
+    assert second is not first
+    assert (layers() is second) == (change != "inference mode")  # which does not tell of later changes
 
 
 def test_bfloat16_is_near() -> None:
@@ -184,7 +207,7 @@ def test_without_the_operators_it_says_so_once(fault: str, monkeypatch: pytest.M
 
 def test_weights_elsewhere_are_not_packed_for_the_cpu() -> None:
     """As with `reuse` on a GPU; the meta device stands for it."""
-    layers = Prepared(unet("sd15").to("meta"), reuse=2)
+    layers = Layers(unet("sd15").to("meta"), torch.float32)
     held = [
         layers.conv_in,
         layers.conv_out,

@@ -184,6 +184,16 @@ def test_the_mean_over_pictures_has_the_error_of_a_mean() -> None:
     assert of_pictures(torch.ones(9)).interval == (1.0, 1.0)
 
 
+def test_a_share_of_pictures_is_not_certain_because_none_or_all_of_them_have_it() -> None:
+    alone = of_pictures(torch.tensor([False] * 300 + [True] * 100))
+    spread = of_pictures(torch.tensor([0.0] * 300 + [1.0] * 100))
+    assert alone.value == spread.value == 0.25 and math.isclose(alone.error, spread.error, rel_tol=0.1)
+    assert np.allclose(alone.interval, spread.interval, atol=0.01)
+    whole = of_pictures(torch.ones(100, dtype=torch.bool))
+    assert whole.value == whole.interval[1] == 1 and 0.95 < whole.interval[0] < 0.97  # Wilson: 0.963
+    assert whole.error > 0.005 and of_pictures(torch.zeros(100, dtype=torch.bool)).interval[0] == 0
+
+
 def test_too_few_pictures_are_refused() -> None:
     with pytest.raises(UserError, match="7 pictures can't be compared with 20 real ones: at least 8"):
         of_sets(Seen(normal(7, 0), None), Seen(normal(20, 1), None))

@@ -150,12 +150,13 @@ def test_folding_again_changes_nothing() -> None:
 def test_unfit_statistics_are_refused() -> None:
     model = make(**SMALL)
     with pytest.raises(
-        ValueError, match="channel 0 a standard deviation of nan: measure them over at least one batch"
+        ValueError,
+        match=r"channel 0 of the latents has a standard deviation of nan: .* training has diverged",
     ):
         fold(model, LatentStatistics(4))
     with pytest.raises(ValueError, match="statistics are of 3 channels, but the model's latents have 4"):
         fold(model, LatentStatistics(3))
     statistics = measure(model)
     statistics.sums[3, 2] = float("inf")
-    with pytest.raises(ValueError, match="channel 2 a standard deviation of inf"):
+    with pytest.raises(ValueError, match="channel 2 of the latents has a standard deviation of inf"):
         fold(model, statistics)

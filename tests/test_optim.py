@@ -83,10 +83,20 @@ def test_rates_warm_up_hold_and_fall_to_zero() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-@pytest.mark.parametrize(("key", "value"), [("lr", 0.0), ("lr", float("nan")), ("decay_from", 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lr", 0.0), ("lr", float("nan")), ("decay_from", 1.0), ("weight_decay", -0.1), ("warmup", -1)],
+)
 def test_bad_settings_are_named(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"optimizer.{key} is {value}"):
         OptimizerConfig(**{key: value})
+
+
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer.betas are \[2.0, 0.9\]"):
+        OptimizerConfig(betas=(2.0, 0.9))
+    with pytest.raises(ValueError, match=r"optimizer.decay_from is set, but optimizer.decay is none"):
+        OptimizerConfig(decay="none", decay_from=0.5)
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "adamw8bit", "schedulefree"])

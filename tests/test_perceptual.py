@@ -1,5 +1,6 @@
 """LPIPS: the right weights in the right place, gradients through it, and files that are not there."""
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from huggingface_hub import constants
 from lpips import LPIPS
 from safetensors.torch import save_file
 
+from autoencoder import perceptual
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from autoencoder.losses import LossConfig, Objective
 from autoencoder.perceptual import NAMES, SMALLEST, Perceptual, PerceptualConfig, cached_file
 
 CPU = torch.device("cpu")
@@ -66,19 +69,46 @@ def test_the_linear_layers_are_those_of_the_package(squeeze: Path) -> None:
 
 
 def test_its_gradient_reaches_every_weight_of_the_decoder_and_none_of_its_own(squeeze: Path) -> None:
+    """Through the objective that training minimises, its other terms taken off."""
     torch.manual_seed(0)
     shape = {"block_out_channels": (8, 16), "norm_num_groups": 4, "mid_block_add_attention": False}
     autoencoder, lpips = AutoencoderKL(AutoencoderConfig(**shape)), make(squeeze)
     x, _ = pictures()
     before = {name: value.clone() for name, value in lpips.network.state_dict().items()}
-    made, _ = autoencoder(x, torch.randn(3, 4, 16, 16))
-    lpips(made, x).mean().backward()
+    made, posterior = autoencoder(x, torch.randn(3, 4, 16, 16))
+    last = autoencoder.decoder.conv_out.weight
+    config = LossConfig(lpips=PerceptualConfig(weight=1.0, network="squeeze"))
+    whole, rest = (Objective(config, judge, None, last)(x, made, posterior, 0)[0] for judge in (lpips, None))
+    assert (whole - rest).item() == pytest.approx(lpips(made, x).mean().item(), rel=1e-4)
+    (whole - rest).backward()
     for part in (autoencoder.decoder, autoencoder.post_quant_conv, autoencoder.encoder):
         for name, weight in part.named_parameters():
             assert weight.grad is not None and weight.grad.abs().max() > 0, name
     assert not lpips.network.training
     assert all(p.grad is None and not p.requires_grad for p in lpips.network.parameters())
     assert all(torch.equal(value, before[name]) for name, value in lpips.network.state_dict().items())
+
+
+def test_weights_are_found_in_torch_hubs_cache_and_on_the_hub(
+    squeeze: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they lie there: a pickle that carries its hash in its name, and a repository's model.safetensors."""
+    x, y = pictures()
+    wanted, config = make(squeeze)(x, y), PerceptualConfig(weight=1.0, network="squeeze")
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    monkeypatch.setitem(perceptual.HUB, "squeeze", "owner/squeeze")
+    monkeypatch.setattr(
+        perceptual, "hf_hub_download", lambda *name: {("owner/squeeze", "model.safetensors"): squeeze}[name]
+    )
+    assert torch.equal(Perceptual(config, CPU)(x, y), wanted)
+    monkeypatch.delattr(perceptual, "hf_hub_download")
+    torch.save(classifier("squeeze").state_dict(), tmp_path / "weights.pth")
+    digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
+    stock = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.value
+    monkeypatch.setattr(stock, "url", f"https://nowhere/squeezenet1_1-{digest[:8]}.pth")
+    cached_file("squeeze").parent.mkdir()
+    (tmp_path / "weights.pth").rename(cached_file("squeeze"))
+    assert torch.equal(Perceptual(config, CPU)(x, y), wanted)
 
 
 @pytest.mark.parametrize(("network", "side"), SMALLEST.items())

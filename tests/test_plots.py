@@ -1,17 +1,18 @@
 """Plots show the paths as they are, and `ldm plot` answers bad input in a sentence."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from ldm.pictures import to_images, to_tensor
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
 from pipelines.reports.plots import PATHS, interpolation, levels, noising, prompt_sheet, schedules, trajectory
 from pipelines.reports.run_plots import by_level, curves, logged, losses, speeds
-from pipelines.sheets import contact_sheet, tiles
+from pipelines.sheets import _lines, contact_sheet, tiles
 
 PROMPTS = ["a large red circle", "a small blue star"]
 
@@ -44,6 +45,21 @@ def shown(picture: Image.Image, side: int = 128) -> np.ndarray:
     return np.asarray(contact_sheet([picture], tile=side).crop((8, 8, 8 + side, 8 + side)), dtype=float)
 
 
+def test_a_sheet_has_room_for_tall_pictures_and_says_when_a_caption_has_none() -> None:
+    images = [Image.new("RGB", (16, 16 * i), (200, 0, 0)) for i in (1, 2, 1, 1)]
+    captions = ["one", "many words and more of them, all in one long line that has an end", "three", "four"]
+    sheet = contact_sheet(images, captions, columns=2, tile=64, headings=["a row", "another"])
+    boxes = [box for _, box in json.loads(sheet.info["tiles"])]
+    assert boxes[1][3] - boxes[1][1] == 128 and boxes[2][1] > boxes[1][3] + 30
+    pixels = np.asarray(sheet).astype(int)
+    red = (pixels[..., 0] - pixels[..., 1]) > 150
+    assert [tile.size for _, tile in tiles(sheet)] == [(64, 64), (64, 128), (64, 64), (64, 64)]
+    assert red.sum() == sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes), "nothing is drawn over"
+    font = ImageFont.load_default(12)
+    cut = _lines(captions[1], font, 64).splitlines()
+    assert len(cut) == 3 and cut[-1].endswith("…") and all(font.getlength(line) <= 64 for line in cut)
+
+
 def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:
     images = [Image.new("RGB", (16, 8 * i), (50 * i, 0, 0)) for i in (1, 2, 3)]
     found = tiles(contact_sheet(images, ["one", "two", "drei ü"], tile=32))
@@ -51,6 +67,9 @@ def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:
     assert [tile.size for _, tile in found] == [(32, 16), (32, 32), (32, 48)]
     assert [tile.getpixel((9, 9)) for _, tile in found] == [(50 * i, 0, 0) for i in (1, 2, 3)]
     assert tiles(images[0]) == []
+    tall = contact_sheet([Image.new("RGB", (8, 24), "red")] * 4, ["below"] * 4, tile=32, columns=2)
+    (_, first), (_, _), (_, third), _ = tiles(tall)
+    assert {*first.getdata()} == {*third.getdata()} == {(255, 0, 0)}  # nothing lies over another
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "unipc", "euler_ancestral"])
@@ -59,8 +78,8 @@ def test_a_trajectory_goes_from_noise_to_what_is_drawn(chain: Path, sampler: str
     settings = {"steps": 5, "sampler": sampler, "guidance": 2.0, "seed": 3}
     found = tiles(trajectory(model, PROMPTS, count=3, **settings))
     captions = [caption for caption, _ in found]
-    assert captions[:6] == captions[6:] and captions[3] == captions[0].replace("x_t", "x_0")
-    noise = [float(c.removeprefix("x_t at ").removesuffix("% noise")) for c in captions[:3]]
+    assert captions == captions[:3] * 4
+    noise = [float(caption.removesuffix("% noise")) for caption in captions[:3]]
     assert noise == sorted(noise, reverse=True) and noise[0] > 90
     for row, picture in enumerate(model(PROMPTS, **settings)):
         last = np.asarray(found[6 * row + 5][1], dtype=float)
@@ -87,16 +106,14 @@ def test_an_interpolation_has_the_same_ends_on_both_ways(chain: Path) -> None:
 def test_a_sheet_of_prompts_has_a_row_for_each(chain: Path) -> None:
     model = LatentDiffusion.from_pretrained(chain / "ldm")
     found = tiles(prompt_sheet(model, PROMPTS, n=3, steps=2, seed=5))
-    assert [caption for caption, _ in found] == [
-        f"{prompt} · seed {seed}" for prompt in PROMPTS for seed in (5, 6, 7)
-    ]
+    assert [caption for caption, _ in found] == ["seed 5", "seed 6", "seed 7"] * 2
     alone = model(PROMPTS[1], steps=2, seed=6)[0]
     assert np.abs(np.asarray(found[4][1], dtype=float) - shown(alone)).max() <= 2
 
 
 def test_curves_show_what_a_run_logged(chain: Path) -> None:
     titles = {axes.get_title() for axes in curves(chain / "ldm").axes}
-    assert {"loss", "learning rate", "test loss ema", "test prompts satisfied"} <= titles
+    assert {"loss", "learning rate", "test loss of averaged weights", "test prompts satisfied"} <= titles
     assert not any("snr" in title for title in titles), "these are drawn by `losses`"
 
 
@@ -106,7 +123,7 @@ def test_losses_by_level_are_those_that_were_logged(chain: Path) -> None:
     assert [*found] == ["test, ema", "test, raw"]
     over_steps, at_end = losses(chain / "ldm").axes
     for weights, line in zip(("ema", "raw"), at_end.lines, strict=True):
-        assert line.get_label() == f"test, {weights}"
+        assert line.get_label() == f"test, {'averaged' if weights == 'ema' else 'raw'} weights"
         snr, values = line.get_data()
         assert [*snr] == sorted(snr, reverse=True)
         name = f"test_loss_{weights}/ln_snr_"
@@ -169,3 +186,20 @@ def test_plot_from_the_command_line(chain: Path, tmp_path: Path, capsys: pytest.
             ldm(["plot", *words, "--out", str(tmp_path / "x.png")])
         assert ended.value.code == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_where_a_picture_can_not_be_saved_is_found_before_it_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ldm(["plot", "schedules", "--out", str(tmp_path / "new" / "schedules.svg")])
+    assert (tmp_path / "new" / "schedules.svg").read_text().startswith("<?xml")
+    (tmp_path / "file").touch()
+    for out, why in (
+        ("sheet", "ends in .png"),
+        ("sheet.svg", "ends in .png"),
+        ("file/x.png", "can't be written"),
+    ):
+        with pytest.raises(SystemExit):
+            ldm(["plot", "sheet", "/no/model", "a pear", "--out", str(tmp_path / out)])
+        said = capsys.readouterr().err
+        assert why in said and "/no/model" not in said

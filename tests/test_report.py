@@ -93,8 +93,8 @@ def test_reconstructions_of_both_reports_stand_beside_their_originals(trained: P
 def test_figures_come_with_their_protocol_and_what_is_missing_is_said(page: str) -> None:
     part = page.split(">Metrics</h2>")[1].split("<h2")[0]
     cells = re.findall(r"<td>(.*?)</td>", part)
-    assert cells == ["kid", "0.01235 ± 0.002", "0.008 to 0.016", "class accuracy", "0.995", ""]
-    assert "<li>clip score: there is no CLIP model</li>" in part
+    assert cells == ["KID", "0.0123 ± 0.0020", "0.0080 to 0.0160", "class accuracy", "0.995", ""]
+    assert "<li>CLIP score: there is no CLIP model</li>" in part
     for line in (
         "measured: 2026-11-21T12:00:00",
         "n: 64",

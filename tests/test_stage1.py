@@ -242,7 +242,10 @@ def test_a_stock_autoencoder_is_trained_on_and_folded(quant_conv: bool, tmp_path
     recipe = (
         f"--run.out {tmp_path}/run --run.steps 1 --run.batch_size 2 --run.precision no --run.tracker none "
     )
-    recipe += f"--data.size 16 --data.scenes.count 8 --start {tmp_path}/stock --optimizer.lr 1e-9 --workers 0"
+    recipe += (
+        f"--data.size 16 --data.scenes.count 8 --start {tmp_path}/stock --optimizer.lr 1e-9 --workers 0 "
+    )
+    recipe += "--readiness.pictures 0"
     train_vae.main(recipe.split())
     made = diffusers.AutoencoderKL.from_pretrained(tmp_path / "run" / "model")
     assert made.config.use_quant_conv == quant_conv and made.config.use_post_quant_conv
@@ -267,6 +270,12 @@ def test_a_stock_autoencoder_is_trained_on_and_folded(quant_conv: bool, tmp_path
         (f"{GAN} --loss.gan.layers 3", 2, "must have 24 pixels a side"),
         ("--loss.lpips.weight 1 --loss.lpips.network squeeze", 2, "needs pictures of 17 pixels a side"),
         ("--loss.lpips.weight 1 --loss.lpips.weights nowhere.safetensors", 1, "there is no such file"),
+        (f"{GAN} --loss.gan.adaptive_max -1", 2, "loss.gan.adaptive_max is -1.0, but must be positive"),
+        ("--loss.kl 0 --loss.kl_warmup 9", 2, "loss.kl_warmup is set, but loss.kl is 0"),
+        ("--readiness.probe_steps 9", 2, "readiness.probe_steps is set, but readiness.pictures is 0"),
+        ("--kind vq --readiness.pictures 9", 2, "readiness is set, but kind is vq"),
+        ("--workers -1", 2, "workers is -1, but must be at least 0"),
+        ("--optimizer.lr 1e6 --loss.kl 1e6", 1, "of the latents has a standard deviation of nan"),
         ("--gan_optimizer.lr 1", 2, "gan_optimizer is set, but loss.gan.weight is 0"),
         ("--loss.codebook.weight 2", 2, "loss.codebook.weight is set, but kind is kl"),
         ("--kind vq --loss.kl 1", 2, "loss.kl is set, but kind is vq"),
@@ -315,7 +324,9 @@ def test_a_codebook_needs_a_weight() -> None:
         CodebookConfig(commitment=0)
 
 
-def test_some_steps_are_turned_and_the_end_reports(tmp_path: Path) -> None:
+def test_some_steps_are_turned_and_the_end_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = ["--config", str(TOY / "vae.yaml"), "--readiness", '{"pictures": 16, "probe_steps": 2}']
     for name, probability in (("plain", "0"), ("turned", "0.5"), ("again", "0.5")):
         out = ["--run.out", str(tmp_path / name), "--equivariance.probability", probability]
@@ -323,5 +334,6 @@ def test_some_steps_are_turned_and_the_end_reports(tmp_path: Path) -> None:
         told = ["--config", str(TOY / "vae.yaml")]
     assert "verdict" in (tmp_path / "plain" / "readiness.json").read_text()
     assert (tmp_path / "plain" / "readiness.html").exists()
+    assert f"not ready for stage 2. Why: {tmp_path}/plain/readiness.html" in capsys.readouterr().err
     plain, turned, again = (losses(tmp_path / name) for name in ("plain", "turned", "again"))
     assert turned == again and plain != turned and plain[0] == pytest.approx(turned[0], rel=0.5)

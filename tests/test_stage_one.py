@@ -7,7 +7,8 @@ import torch
 
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.vq import VQConfig, VQModel
-from pipelines.stages.stage_one import open_autoencoder
+from ldm.config import UserError
+from pipelines.stages.stage_one import autoencoder_folder, open_autoencoder
 
 
 def test_a_stock_shift_is_folded_in(tmp_path: Path) -> None:
@@ -39,3 +40,14 @@ def test_a_codebook_is_refused_in_a_sentence(tmp_path: Path) -> None:
         ValueError, match="VQModel, but AutoencoderKL is wanted: give a folder that holds a saved"
     ):
         open_autoencoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["", "model", "vae", "model/vae"])
+def test_it_is_found_in_a_stock_folder_a_pipeline_and_a_run_of_either_stage(
+    place: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="holds no finished autoencoder"):
+        autoencoder_folder(str(tmp_path))
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / place / "config.json").write_text("{}")
+    assert autoencoder_folder(str(tmp_path)) == tmp_path / place

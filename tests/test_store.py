@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from autoencoder import store
+from autoencoder import files, store
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.store import CONFIG, INDEX, WEIGHTS, find_folder, weight_hash
 
@@ -135,7 +135,7 @@ def test_a_failed_save_leaves_the_old_one(
         path.write_bytes(b"the first half")
         raise error
 
-    monkeypatch.setattr(store, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     other = AutoencoderKL(AutoencoderConfig(**CONFIG_KEYS, latent_channels=2))
     with pytest.raises(OSError, match=r"vae: this AutoencoderKL could not be saved .*No space left"):
         other.save_pretrained(folder)
@@ -148,6 +148,9 @@ def test_a_save_replaces_the_old_one_and_nothing_else(folder: Path) -> None:
     other.save_pretrained(folder)
     assert AutoencoderKL.from_pretrained(folder).config == other.config
     assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, "README.md"}
+    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode, (
+        "who may read one may read all"
+    )
 
 
 def test_memory_format_does_not_reach_the_file(folder: Path, model: AutoencoderKL) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.config import command
 from pipelines.cli.doctor import add_doctor
-from pipelines.cli.draw import MODEL, add_draw, spoken
+from pipelines.cli.draw import add_draw, spoken
 from pipelines.cli.edit import add_edit
 from pipelines.cli.evaluate import add_evaluate
 from pipelines.cli.plot import add_plot
@@ -26,22 +26,6 @@ def parser() -> argparse.ArgumentParser:
     add_draw(verbs)
     add_edit(verbs)
     add_tasks(verbs)
-    name = verbs.add_parser(
-        "recognise", help="how many drawn pictures a classifier of the real ones names rightly"
-    )
-    name.add_argument("model", metavar="MODEL", help=MODEL)
-    name.add_argument(
-        "--data", required=True, metavar="P", help="the pictures, with classes, that it was trained on"
-    )
-    name.add_argument("--each", type=int, default=4, help="pictures drawn for each class (default 4)")
-    name.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
-    name.add_argument("--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)")
-    name.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
-    name.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.json", help="the result; a sheet lies beside it"
-    )
-    name.set_defaults(run=run_recognise)
-
     add_doctor(verbs)
     add_publish(verbs)
     add_plot(verbs)
@@ -106,14 +90,6 @@ def main(argv: Sequence[str]) -> None:
         reader.error(f"unrecognized arguments: {' '.join(flags or more)}")
     with spoken():
         options.run(options)
-
-
-def run_recognise(options: argparse.Namespace) -> None:
-    from pipelines.evaluation.recognise import recognise
-
-    recognise(
-        options.model, options.data, options.out, options.each, options.steps, options.guidance, options.seed
-    )
 
 
 def run_report(options: argparse.Namespace) -> None:

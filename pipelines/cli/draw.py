@@ -73,9 +73,7 @@ def sampling_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     reader.add_argument("--sampler", help="by default the one the model names")
     reader.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
-    reader.add_argument(
-        "--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)"
-    )
+    guidance_option(reader, 4.0)
     help = "guide only where LOW < sigma / alpha <= HIGH, such as 0.3 3: faster, more variety"
     reader.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
     help = "share of the guided output brought back to its usual deviation, such as 0.7, against glare"
@@ -85,6 +83,13 @@ def sampling_options(reader: argparse.ArgumentParser) -> None:
     help = "latents beyond X deviations are pulled back (dynamic thresholding), such as 4"
     reader.add_argument("--threshold", type=float, metavar="X", help=help)
     seed_option(reader)
+
+
+def guidance_option(reader: argparse.ArgumentParser, usual: float = 1.0) -> None:
+    """`opened` puts the usual scale in its place, or says that the model can't be guided."""
+    help = f"scale of guidance, 1 is none (default {usual:g}); for models that are told something"
+    reader.add_argument("--guidance", type=float, help=help)
+    reader.set_defaults(usual_guidance=usual)
 
 
 def seed_option(reader: argparse.ArgumentParser) -> None:
@@ -144,10 +149,11 @@ def guidance(options: argparse.Namespace) -> float | Guidance:
 
 
 def told(options: argparse.Namespace, model: LatentDiffusion) -> dict[str, Any]:
-    """Prompts and classes as the functions take them: to a model that is not told both, a class is a prompt."""
+    """Prompts and classes as the functions take them: to a model of classes alone, one is a prompt."""
     from ldm.conditioning import ClassAndText
 
     prompts, classes = prompts_of(options), options.classes
+    require_classes(classes, model)
     if not isinstance(model.conditioner, ClassAndText):
         prompts, classes = prompts + classes, []
     require_words(prompts, model)
@@ -159,6 +165,7 @@ def told_one(options: argparse.Namespace, model: LatentDiffusion, needed: bool =
     from ldm.conditioning import ClassAndText
 
     prompt, name = options.prompt, options.class_name
+    require_classes([] if name is None else [name], model)
     if name is not None and not isinstance(model.conditioner, ClassAndText):
         if prompt is not None:
             raise UserError(
@@ -168,6 +175,14 @@ def told_one(options: argparse.Namespace, model: LatentDiffusion, needed: bool =
     if needed or name is not None:
         require_words([] if prompt is None else [prompt], model)
     return {"prompt": prompt, "classes": name}
+
+
+def require_classes(names: Sequence[str], model: LatentDiffusion) -> None:
+    """UserError if a model that is told no classes is given some."""
+    from ldm.conditioning import labels_of
+
+    if names and labels_of(model.conditioner) is None:
+        raise UserError(f"--class is {names[0]!r:.60}, but this model is told no classes; leave it out.")
 
 
 def require_words(prompts: Sequence[str], model: LatentDiffusion) -> None:
@@ -197,19 +212,19 @@ def words_of(asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def spoken() -> Iterator[None]:
-    """While open, that a prompt was cut is said once, in a sentence."""
-    from pipelines.prompts import CutPrompt
+    """While open, what of a prompt means nothing to the model is said once, in a sentence."""
+    from pipelines.prompts import Unread
 
     with warnings.catch_warnings():
         usual = warnings.showwarning
 
         def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if category is CutPrompt:
+            if category is Unread:
                 print(f"ldm: {message}", file=sys.stderr, flush=True)
             else:
                 usual(message, category, *where)
 
-        warnings.simplefilter("once", CutPrompt)
+        warnings.simplefilter("once", Unread)
         warnings.showwarning = say  # type: ignore[assignment]
         yield
 

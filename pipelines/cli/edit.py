@@ -14,6 +14,7 @@ from pipelines.cli.draw import (
     captions,
     class_option,
     guidance,
+    guidance_option,
     prompt_options,
     sampled,
     sampling_options,
@@ -96,7 +97,7 @@ def inversion_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("prompt", metavar="PROMPT", nargs="?", help=help)
     class_option(reader)
     reader.add_argument("--steps", type=int, default=30, help="steps of DDIM (default 30)")
-    reader.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
+    guidance_option(reader)
 
 
 def run_edit(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`ldm evaluate | compare | sweep | classifier`: figures of merit, and the networks they are measured with."""
+"""`ldm evaluate | sweep | compare | classifier | recognise`: figures of merit, and what they are measured with."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoencoder.files import require_replaceable
+from autoencoder.files import require_replaceable, require_writable
 from ldm.config import UserError
 from pipelines.cli.draw import MODEL
+from pipelines.cli.out import FIGURES, require_picture, speed_options
 
 if TYPE_CHECKING:
     from pipelines.evaluation.bench import Evaluation
-
-FIGURES = (".png", ".svg", ".pdf")
-"""What a plot is saved as"""
+    from pipelines.evaluation.generation import Drawing
 
 
 def add_evaluate(verbs: Any) -> None:
@@ -53,6 +52,17 @@ def add_evaluate(verbs: Any) -> None:
     learn.add_argument("--epochs", type=int, default=6, help="times that all pictures are seen (default 6)")
     learn.add_argument("--out", type=Path, required=True, metavar="DIR")
     learn.set_defaults(run=run_classifier)
+
+    help = "how many drawn pictures a classifier of the real ones names rightly"
+    name = verbs.add_parser("recognise", help=help, description=help)
+    name.add_argument("model", metavar="MODEL", help=MODEL)
+    help = "the pictures, with classes, that it was trained on"
+    name.add_argument("--data", required=True, metavar="P", help=help)
+    name.add_argument("--each", type=int, default=4, help="pictures drawn for each class (default 4)")
+    drawing_options(name)
+    help = "the result; a sheet lies beside it"
+    name.add_argument("--out", type=Path, required=True, metavar="FILE.json", help=help)
+    name.set_defaults(run=run_recognise)
 
 
 def evaluation_options(reader: argparse.ArgumentParser, model: bool = True) -> None:
@@ -105,13 +115,21 @@ def drawing_options(reader: argparse.ArgumentParser) -> None:
         "--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)"
     )
     reader.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
+    speed_options(reader)
+
+
+def drawing(options: argparse.Namespace) -> Drawing:
+    """How the options ask to draw."""
+    from pipelines.evaluation.generation import Drawing
+
+    asked = ("steps", "sampler", "guidance", "seed", "precision", "reuse")
+    return Drawing(**{name: getattr(options, name) for name in asked})
 
 
 def evaluation(options: argparse.Namespace) -> Evaluation:
     """What the options ask for."""
     from autoencoder.perceptual import PerceptualConfig
     from pipelines.evaluation.bench import Evaluation
-    from pipelines.evaluation.generation import Drawing
     from pipelines.evaluation.references import usual_cache
     from pipelines.stages.stage_one import data_at
 
@@ -131,9 +149,7 @@ def evaluation(options: argparse.Namespace) -> Evaluation:
         clip=options.clip,
         lpips=PerceptualConfig(network=options.lpips, weights=options.lpips_weights),
         weights="raw" if options.raw else "averaged",
-        drawing=Drawing(
-            steps=options.steps, sampler=options.sampler, guidance=options.guidance, seed=options.seed
-        ),
+        drawing=drawing(options),
         batch=options.batch,
         cache=options.cache or usual_cache(),
     )
@@ -157,10 +173,7 @@ def run_sweep(options: argparse.Namespace) -> None:
         raise UserError(
             f"{options.setting} is a {kind.__name__}, but the values are {options.values}."
         ) from None
-    if options.out.suffix not in FIGURES:
-        raise UserError(
-            f"--out is {options.out}, but must be the name of a picture that ends in {', '.join(FIGURES)}."
-        )
+    require_picture(options.out, FIGURES)
     folder = options.out.with_suffix("")
     files = sweep(options.model, evaluation(options), options.setting, values, folder)
     if PartialState().is_main_process:
@@ -179,9 +192,16 @@ def run_classifier(options: argparse.Namespace) -> None:
     from pipelines.evaluation.classifier import WEIGHTS, save_recogniser, train_recogniser
 
     require_replaceable(options.out, WEIGHTS)
+    require_writable(options.out.parent)
     found = train_recogniser(DataConfig(path=options.data, size=options.size), epochs=options.epochs)
     save_recogniser(found, options.out)
     named = (
         ", ".join(f"{share:.1%} of {split}" for split, share in found.accuracy.items()) or "no held-out split"
     )
     print(f"{options.out}: {len(found.classes)} classes, names {named} rightly")
+
+
+def run_recognise(options: argparse.Namespace) -> None:
+    from pipelines.evaluation.recognise import recognise
+
+    recognise(options.model, options.data, options.out, options.each, drawing(options))

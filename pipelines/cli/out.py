@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from autoencoder.files import require_writable
 from ldm.config import UserError
 from pipelines import watermark
 from pipelines.credentials import credentials_of, credentials_option
@@ -67,28 +67,43 @@ def opened(options: argparse.Namespace) -> tuple[LatentDiffusion, SafetyChecker 
     for file in [Path(one) for one in asked if one] + getattr(options, "pictures", []):
         if re.fullmatch(r"\d{4,}\.png|sheet\.png", file.name):
             spare(file, options.out / file.name)
-    make(options.out)
+    require_writable(options.out)
     checker = None if options.checker is None else ClipSafetyChecker.from_pretrained(options.checker)
     model = LatentDiffusion.from_pretrained(options.model).to(best_device())
+    if "guidance" in options:
+        options.guidance = scale(options, model)
     return replace(model, precision=options.precision, reuse=options.reuse), checker
+
+
+FIGURES = (".png", ".svg", ".pdf")
+"""What a plot of figures is saved as"""
+
+
+def require_picture(out: Path, kinds: Sequence[str]) -> None:
+    """UserError if `--out` is not the name of a picture that ends in one of `kinds`."""
+    if out.suffix not in kinds or out.is_dir():
+        raise UserError(f"--out is {out}, but must be the name of a picture that ends in {', '.join(kinds)}.")
+
+
+def scale(options: argparse.Namespace, model: LatentDiffusion) -> float:
+    """Of guidance: as it is asked for, or the usual one; UserError if the model has nothing to be guided by."""
+    from ldm.conditioning import Unconditional
+
+    if not isinstance(model.conditioner, Unconditional):
+        return options.usual_guidance if options.guidance is None else options.guidance
+    asked = [f"--{name}" for name in ("interval", "rescale", "project") if getattr(options, name, None)]
+    asked += ["--guidance"] if options.guidance not in (None, 1.0) else []
+    if asked:
+        raise UserError(
+            f"{' and '.join(asked)} is given, but this model is told nothing to be guided by; leave it out."
+        )
+    return 1.0
 
 
 def require_room(options: argparse.Namespace, size: tuple[int, int]) -> None:
     """UserError if pictures of (width, height) are too small for a watermark that is asked for."""
     if options.watermark is not None:
         watermark.require_room(size)
-
-
-def make(out: Path) -> None:
-    """Make the folder for what is drawn; UserError if it can't be, or can't be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as problem:
-        raise UserError(
-            f"--out is {out}, which can't be a folder for pictures: {problem.strerror}."
-        ) from None
 
 
 def spare(read: Path, written: Path) -> None:
@@ -111,7 +126,7 @@ def keep(
     shown, notes, written = judged(images, notes, options, checker)
     if checker:
         flagged = sum(bool(note["flagged"]) for note in notes)
-        print(f"{checker.name} flagged {flagged} of {len(images)} pictures; {then(options)}")
+        print(f"{checker.name} flagged {flagged} of {number(len(images))}; {then(options)}")
     files = {}
     for i, image in enumerate(shown):
         file = options.out / f"{i:04d}.png"
@@ -124,7 +139,12 @@ def keep(
     shared["made_by"] = f"{shared['made_by']}, as a sheet"
     write(files, options, options.watermark)
     write({sheet: (contact_sheet(shown, captions, columns=columns), shared)}, options, None)
-    print(f"{sum(written)} pictures in {options.out}, all of them on {sheet}")
+    print(f"{number(sum(written))} in {options.out}, all of them on {sheet}")
+
+
+def number(count: int) -> str:
+    """So many pictures, in words."""
+    return f"{count} picture{'' if count == 1 else 's'}"
 
 
 def keep_one(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoencoder.files import require_writable
 from pipelines.cli.draw import MODEL
+from pipelines.cli.out import FIGURES, require_picture
 from pipelines.safety import provenance
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
     from pipelines.latent_diffusion import LatentDiffusion
 
 
@@ -18,13 +24,14 @@ def add_plot(verbs: Any) -> None:
     what = verbs.add_parser("plot", help="pictures that explain a noise path, a model or a run")
     kinds = what.add_subparsers(dest="kind", required=True, metavar="WHAT")
 
-    def kind(name: str, help: str, run: Any) -> argparse.ArgumentParser:
+    def kind(name: str, help: str, plot: Any, ends: Sequence[str] = (".png",)) -> argparse.ArgumentParser:
         sub = kinds.add_parser(name, help=help, description=help)
-        sub.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
-        sub.set_defaults(run=run)
+        out = "the picture" + (f", or {' or '.join(ends[1:])}" if ends[1:] else "")
+        sub.add_argument("--out", type=Path, required=True, metavar="FILE.png", help=out)
+        sub.set_defaults(run=run_plot, plot=plot, ends=ends)
         return sub
 
-    kind("schedules", "betas, share of signal and SNR of all noise paths", plot_schedules)
+    kind("schedules", "betas, share of signal and SNR of all noise paths", plot_schedules, FIGURES)
 
     noising = kind("noising", "a picture on its way to noise", plot_noising)
     noising.add_argument("picture", type=Path, metavar="PICTURE")
@@ -33,14 +40,14 @@ def add_plot(verbs: Any) -> None:
     )
     noising.add_argument("--count", type=int, default=8, help="levels shown (default 8)")
 
-    curves = kind("curves", "everything that a run has logged, against its steps", plot_curves)
+    curves = kind("curves", "everything that a run has logged, against its steps", plot_curves, FIGURES)
     curves.add_argument("run_folder", type=Path, metavar="RUN")
 
-    levels = kind("losses", "a run's loss on held-out pictures, by noise level", plot_losses)
+    levels = kind("losses", "a run's loss on held-out pictures, by noise level", plot_losses, FIGURES)
     levels.add_argument("run_folder", type=Path, metavar="RUN")
 
     guidance = kind("guidance", "the same noise at several scales of guidance", plot_guidance)
-    steps = kind("steps", "time and distance from the limit against sampling steps", plot_steps)
+    steps = kind("steps", "time and distance from the limit against sampling steps", plot_steps, FIGURES)
     way = kind("trajectory", "from noise to a picture: x_t, and the x_0 seen in it", plot_trajectory)
     sheet = kind("sheet", "a row of pictures for each prompt", plot_sheet)
     for sub, least in ((guidance, "+"), (steps, "+"), (way, "*"), (sheet, "*")):
@@ -67,13 +74,25 @@ def add_plot(verbs: Any) -> None:
     steps.add_argument("--counts", type=int, nargs="+", default=[5, 10, 20, 40], metavar="N")
 
 
-def plot_schedules(options: argparse.Namespace) -> None:
+def run_plot(options: argparse.Namespace) -> None:
+    """Draw and save; that it can be saved is looked at first."""
+    require_picture(options.out, options.ends)
+    require_writable(options.out.parent)
+    drawn = options.plot(options)
+    if hasattr(drawn, "savefig"):
+        drawn.savefig(options.out, dpi=110)
+    else:
+        drawn.save(options.out, pnginfo=provenance(made_by="ldm plot"))
+    print(options.out)
+
+
+def plot_schedules(options: argparse.Namespace) -> Figure:
     from pipelines.reports.plots import schedules
 
-    save(schedules(), options.out)
+    return schedules()
 
 
-def plot_noising(options: argparse.Namespace) -> None:
+def plot_noising(options: argparse.Namespace) -> Image:
     from ldm.config import UserError
     from pipelines.inputs import read_picture, upright
     from pipelines.reports.plots import PATHS, noising
@@ -82,19 +101,19 @@ def plot_noising(options: argparse.Namespace) -> None:
         raise UserError(f"--path is {options.path!r}; choose one of {', '.join(PATHS)}.")
     if options.count < 2:
         raise UserError(f"--count is {options.count}, but must be at least 2.")
-    save(noising(PATHS[options.path], upright(read_picture(options.picture)), options.count), options.out)
+    return noising(PATHS[options.path], upright(read_picture(options.picture)), options.count)
 
 
-def plot_curves(options: argparse.Namespace) -> None:
+def plot_curves(options: argparse.Namespace) -> Figure:
     from pipelines.reports.run_plots import curves
 
-    save(curves(options.run_folder), options.out)
+    return curves(options.run_folder)
 
 
-def plot_losses(options: argparse.Namespace) -> None:
+def plot_losses(options: argparse.Namespace) -> Figure:
     from pipelines.reports.run_plots import losses
 
-    save(losses(options.run_folder), options.out)
+    return losses(options.run_folder)
 
 
 def opened(options: argparse.Namespace) -> LatentDiffusion:
@@ -103,55 +122,43 @@ def opened(options: argparse.Namespace) -> LatentDiffusion:
     return LatentDiffusion.from_pretrained(options.model).to(best_device())
 
 
-def plot_guidance(options: argparse.Namespace) -> None:
+def plot_guidance(options: argparse.Namespace) -> Image:
     from pipelines.reports.plots import guidance_sweep
 
     model = opened(options)
-    sheet = guidance_sweep(model, options.prompts, options.scales, steps=options.steps, seed=options.seed)
-    save(sheet, options.out)
+    return guidance_sweep(model, options.prompts, options.scales, steps=options.steps, seed=options.seed)
 
 
-def plot_steps(options: argparse.Namespace) -> None:
+def plot_steps(options: argparse.Namespace) -> Figure:
     from pipelines.reports.plots import steps_sweep
 
     model = opened(options)
-    save(
-        steps_sweep(model, options.prompts, options.samplers, options.counts, seed=options.seed), options.out
-    )
+    return steps_sweep(model, options.prompts, options.samplers, options.counts, seed=options.seed)
 
 
 def sampled(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("steps", "sampler", "guidance", "seed")}
 
 
-def plot_trajectory(options: argparse.Namespace) -> None:
+def plot_trajectory(options: argparse.Namespace) -> Image:
     from pipelines.reports.plots import trajectory
 
     model = opened(options)
-    save(trajectory(model, options.prompts or None, count=options.count, **sampled(options)), options.out)
+    return trajectory(model, options.prompts or None, count=options.count, **sampled(options))
 
 
-def plot_sheet(options: argparse.Namespace) -> None:
+def plot_sheet(options: argparse.Namespace) -> Image:
     from pipelines.reports.plots import prompt_sheet
 
     model = opened(options)
-    save(prompt_sheet(model, options.prompts or None, n=options.n, **sampled(options)), options.out)
+    return prompt_sheet(model, options.prompts or None, n=options.n, **sampled(options))
 
 
-def plot_between(options: argparse.Namespace) -> None:
+def plot_between(options: argparse.Namespace) -> Image:
     from pipelines.inputs import read_picture
     from pipelines.reports.plots import interpolation
 
     ends = (options.first, options.second)
     first, second = (int(end) if end.isdecimal() else read_picture(Path(end), None) for end in ends)
     settings = {"count": options.count, "steps": options.steps}
-    save(interpolation(opened(options), first, second, options.prompt, **settings), options.out)
-
-
-def save(figure: Any, file: Path) -> None:
-    """A picture or a matplotlib Figure."""
-    if hasattr(figure, "savefig"):
-        figure.savefig(file, dpi=110)
-    else:
-        figure.save(file, pnginfo=provenance(made_by="ldm plot"))
-    print(file)
+    return interpolation(opened(options), first, second, options.prompt, **settings)

@@ -13,8 +13,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.config import UserError
-from pipelines.cli.draw import MODEL, class_option, told_one
-from pipelines.cli.out import keep_one, opened, out_options, require_room, spare, speed_options, write
+from pipelines.cli.draw import MODEL, class_option, guidance_option, told_one
+from pipelines.cli.out import keep_one, number, opened, out_options, require_room, spare, speed_options, write
 
 
 def add_tasks(verbs: Any) -> None:
@@ -79,7 +79,7 @@ def task_options(
     reader.add_argument("--samples", type=int, default=samples, metavar="N", help=help)
     reader.add_argument("--steps", type=int, default=steps, help=f"sampling steps (default {steps})")
     reader.add_argument("--sampler", help="by default the one the model names")
-    reader.add_argument("--guidance", type=float, default=1.0, help="scale of guidance (default 1: none)")
+    guidance_option(reader)
     reader.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
     out_options(reader, pictures)
     reader.set_defaults(run=run)
@@ -116,16 +116,18 @@ def note(options: argparse.Namespace, **more: Any) -> dict[str, object]:
 
 
 def run_upscale(options: argparse.Namespace) -> None:
-    from pipelines.tasks import upscale
+    from ldm.tasks import Upscale
+    from pipelines.tasks import require_task, upscale
 
     model, checker = opened(options)
+    require_task(model, Upscale)
     more, words = {"noise": options.noise, "tile": options.tile}, told_one(options, model)
     grows = getattr(model.task, "factor", 1)
     for picture, stem in each(options):
         require_room(options, (picture.width * grows, picture.height * grows))
         made = upscale(model, picture, **words, **settings(options), **more)
         keep_one(made, stem, note(options, **more), options, checker)
-    print(f"made of {len(options.pictures)} pictures, in {options.out}")
+    print(f"made of {number(len(options.pictures))}, in {options.out}")
 
 
 def run_restore(options: argparse.Namespace) -> None:
@@ -144,13 +146,15 @@ def run_restore(options: argparse.Namespace) -> None:
             tqdm.write(say)
         made = restore(model, picture, **words, **damage, **settings(options))
         keep_one(made, stem, note(options, **damage), options, checker)
-    print(f"made of {len(options.pictures)} pictures, in {options.out}")
+    print(f"made of {number(len(options.pictures))}, in {options.out}")
 
 
 def run_segment(options: argparse.Namespace) -> None:
-    from pipelines.tasks import segment
+    from ldm.tasks import Segment
+    from pipelines.tasks import require_task, segment
 
     model, _ = opened(options)
+    require_task(model, Segment)
     words = told_one(options, model)
     for picture, stem in each(options):
         found = segment(model, picture, **words, **settings(options))
@@ -160,7 +164,7 @@ def run_segment(options: argparse.Namespace) -> None:
         write({Path(f"{stem}-{name}.png"): (image, about) for name, image in made.items()}, options, None)
         Path(f"{stem}-boxes.json").write_text(json.dumps(found.boxes(), indent=1) + "\n")
     print(
-        f"{len(options.pictures)} pictures in {options.out}: NAME-mask.png (numbers of classes), "
+        f"made of {number(len(options.pictures))}, in {options.out}: NAME-mask.png (numbers of classes), "
         "NAME-confidence.png, NAME-boxes.json, NAME-boxes.png"
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from autoencoder import tiling
 from autoencoder.equivariance import Transform
 from autoencoder.kl import AutoencoderKL
-from autoencoder.metrics import psnr, ssim
+from autoencoder.metrics import psnr
 
 FP16_MAX = 65504.0
 BATCH = 16
@@ -63,14 +63,6 @@ class Coder:
         raw = z / self.scale + self.shift
         made = [self.autoencoder.decode(part.to(self.device)).float().cpu() for part in raw.split(BATCH)]
         return torch.cat(made).clamp(-1, 1)
-
-
-def fidelity(made: Tensor, originals: Tensor) -> dict[str, float]:
-    """PSNR in dB and, of pictures of at least 11 pixels, mean SSIM."""
-    found = {"psnr_db": _db(made, originals)}
-    if min(originals.shape[2:]) >= 11:
-        found["ssim"] = ssim(made, originals).mean().item()
-    return found
 
 
 def _db(made: Tensor, wanted: Tensor) -> float:
@@ -132,8 +124,8 @@ class Spectrum(NamedTuple):
 def spectrum(x: Tensor) -> Spectrum:
     """Of [N,K,h,w]; windowed, so that the borders' jumps do not count as detail."""
     height, width = x.shape[2:]
-    window = torch.outer(
-        *(torch.hann_window(n, periodic=False, dtype=torch.float64) for n in (height, width))
+    window = torch.outer(  # without its zeros, which would throw away half of the smallest maps
+        *(torch.hann_window(n + 2, periodic=False, dtype=torch.float64)[1:-1] for n in (height, width))
     )
     centred = x.double() - x.double().mean(dim=(0, 2, 3), keepdim=True)
     power = torch.fft.fft2(centred * window).abs().square().mean(dim=(0, 1))
@@ -154,7 +146,12 @@ def spectrum(x: Tensor) -> Spectrum:
 
 
 def spectra(latents: Latents, pixels: Tensor) -> dict[str, dict[str, object]]:
-    """Of latents, of the pictures, and of the pictures shrunk to the latents' size, for comparison on one grid."""
+    """Of latents, of the pictures, and of the pictures shrunk to the latents' size, for comparison on one grid.
+
+    Nothing where latents have fewer than 4 pixels a side, which have no frequencies to compare.
+    """
+    if min(latents.mean.shape[2:]) < 4:
+        return {}
     shrunk = F.interpolate(pixels, size=latents.mean.shape[2:], mode="area")
     of = {"latents": latents.mean, "pictures": pixels, "shrunk pictures": shrunk}
     return {name: spectrum(x)._asdict() for name, x in of.items()}

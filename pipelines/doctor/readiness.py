@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from autoencoder.files import write_text
 from autoencoder.kl import AutoencoderKL
+from autoencoder.metrics import likeness, psnr
 from ldm import random
 from ldm.checks import require_int
 from ldm.config import UserError, plain
@@ -28,9 +29,9 @@ from ldm.pictures import to_tensor
 from pipelines.doctor import latent_measures as measures
 from pipelines.doctor.latent_measures import BATCH, Coder, Latents
 from pipelines.doctor.probe import SHOWN, estimates, train_probe
-from pipelines.doctor.readiness_verdict import Check, checks, overall
+from pipelines.doctor.readiness_verdict import OVERALL, Check, Kind, checks, overall
 from pipelines.latent_diffusion import best_device
-from pipelines.stages.stage_one import data_of, open_autoencoder
+from pipelines.stages.stage_one import data_at, data_of, open_autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +80,14 @@ class Findings:
     """[decoded,3,S,S] by what they show"""
 
     @property
-    def verdict(self) -> str:
-        """good, doubtful or bad."""
+    def verdict(self) -> Kind:
+        """The worst of the checks."""
         return overall(self.checks)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict in words."""
+        return OVERALL[self.verdict]
 
 
 def report(
@@ -165,7 +171,7 @@ def examine(name: str, autoencoder: AutoencoderKL, pictures: Pictures, budget: B
     figures: dict[str, Any] = {
         "shape": {"factor": autoencoder.config.factor, "channels": channels, "sides": sides},
         "looked_at": {"training": len(pictures.train), "held_out": len(pictures.held), "decoded": len(z)},
-        "reconstruction": measures.fidelity(made, originals),
+        "reconstruction": likeness(made, originals, lpips=None),
         "channels": measures.channel_statistics(latents),
         "correlation": measures.correlation(latents),
         "spectra": measures.spectra(held, pictures.held),
@@ -192,7 +198,7 @@ def probed(
     z = held.mean[: len(originals)]
     noise = random.normal(0, "held-out noise", torch.arange(len(z)), z.shape[1:])
     made = {s: coder.decode(estimates(denoiser, z, noise, s, coder.device)) for s in SHOWN}
-    decoded = {f"{s:g}": measures.fidelity(y, originals)["psnr_db"] for s, y in made.items()}
+    decoded = {f"{s:g}": psnr(y, originals).mean().item() for s, y in made.items()}
     return probe.figures() | {"decoded_db": decoded}, {f"estimate {s:g}": y for s, y in made.items()}
 
 
@@ -219,15 +225,12 @@ def doctor_latents(
     """
     models = {name: open_autoencoder(name).to(best_device()) for name in dict.fromkeys(names)}
     first = next(iter(models.values()))
-    data = data_of(names[0])
-    if path is not None:
-        side = data.size if data else first.config.sample_size
-        data = DataConfig(path=path, size=side)
-    if data is None:
+    trained = data_of(names[0])
+    if path is None and trained is None:
         raise UserError(f"{names[0]} is no stage 1 run, which would say its pictures; name them with --data.")
-    if size is not None:
-        data = replace(data, size=size)
-    out = out or Path(names[0] if data_of(names[0]) else ".") / "readiness.html"
+    side = trained.size if trained else first.config.sample_size
+    data = replace(data_at(path, names[0]), size=side if size is None else size)
+    out = out or Path(names[0] if trained else ".") / "readiness.html"
     found = report(models, data, out, Budget(pictures=pictures, probe_steps=probe_steps))
     for one in found:
         print(f"{one.name}: {one.verdict}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -16,11 +17,6 @@ from pipelines.doctor.readiness import Findings, Pictures
 from pipelines.reports.page import Page
 from pipelines.sheets import contact_sheet, side_by_side
 
-WORDS = {
-    "good": "These latents are ready for stage 2.",
-    "doubtful": "These latents can be trained on, with doubts.",
-    "bad": "These latents are not ready for stage 2.",
-}
 COLUMNS = 8
 MOST_CHANNELS = 32
 """More are measured, but not shown one by one"""
@@ -34,18 +30,13 @@ def write_page(out: Path, found: list[Findings], pictures: Pictures) -> None:
         f"{len(pictures.held)} held out ({pictures.split})."
     )
     for one in found:
-        title = WORDS[one.verdict] if len(found) == 1 else f"{one.name}: {WORDS[one.verdict]}"
+        title = one.sentence if len(found) == 1 else f"{one.name}: {one.sentence}"
         page.heading(title)
         for check in one.checks:
             page.verdict(f"{check.name.capitalize()}. {check.sentence}", check.kind)
     page.heading("In figures")
     page.table(["", *(one.name for one in found)], summary([one.figures for one in found]))
-    page.text(
-        "The probe is the same small denoiser trained for the same steps on each autoencoder's latents. Its figures "
-        "say how easily latents are learned, not how good pictures can become: read them beside PSNR, as latents that "
-        "hold little are easy to learn."
-    )
-    page.plot(levels([one.name for one in found], [one.figures for one in found]), LEVELS_CAPTION)
+    plots(page, {one.name: one.figures for one in found})
     for one in found:
         details(page, one, f" of {one.name}" if len(found) > 1 else "")
     page.save(out)
@@ -113,36 +104,61 @@ def _cell(value: Any, keys: tuple[str, ...], of: str) -> str:
     return of.format(value)
 
 
-LEVELS_CAPTION = (
-    "Left: share of the variance of held-out latents that the probe predicts through each level of noise. Grey: "
-    "what is predictable from each number alone; the area above it is structure that was found. Right: power of "
-    "the latents, and of the pictures shrunk to their size, at each frequency; 1 is white noise."
+ABOUT_PROBE = (
+    "The probe is the same small denoiser trained for the same steps on each autoencoder's latents. Its figures "
+    "say how easily latents are learned, not how good pictures can become: read them beside PSNR, as latents that "
+    "hold little are easy to learn. Its plot shows the share of the variance of held-out latents that it predicts "
+    "through each level of noise; grey is what is predictable from each number alone, and the area above it is "
+    "structure that was found."
+)
+ABOUT_SPECTRA = (
+    "The spectra are the power of the latents, and of the pictures shrunk to their size, at each frequency; 1 is "
+    "white noise."
 )
 
 
-def levels(names: list[str], figures: list[dict[str, Any]]) -> Figure:
-    """The probe by noise level, and spectra."""
-    probes = [one["probe"] for one in figures if "probe" in one]
-    figure = Figure(figsize=(9, 3.4) if probes else (4.5, 3.4), layout="constrained")
-    axes = figure.subplots(1, 2 if probes else 1, squeeze=False)[0]
-    if probes:
-        first = probes[0]
-        axes[0].fill_between(first["sigma"], first["pointwise"], color="#bbb", label="from each number alone")
-        for name, one in zip(names, probes, strict=True):
-            axes[0].plot(one["sigma"], one["explained"], "o-", label=name if len(names) > 1 else "probe")
-        axes[0].set(xlabel="noise level sigma", ylabel="share explained", ylim=(None, 1))
-        axes[0].legend(frameon=False)
-    for name, one in zip(names, figures, strict=True):
-        prefix = f"{name}: " if len(names) > 1 else ""
-        for kind, style in (("latents", "-"), ("shrunk pictures", ":")):
-            of = one["spectra"][kind]
-            axes[-1].plot(of["frequency"], of["power"], style, label=prefix + kind)
-    axes[-1].axhline(1, color="#bbb", zorder=0)
-    axes[-1].set(xlabel="cycles per latent pixel", ylabel="power", yscale="log")
-    axes[-1].legend(frameon=False)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+def plots(page: Page, found: dict[str, dict[str, Any]]) -> None:
+    """What the probe explains, and spectra, as far as they were measured; figures by the autoencoder's name."""
+    probes = {name: figures["probe"] for name, figures in found.items() if "probe" in figures}
+    spectra = {name: figures["spectra"] for name, figures in found.items() if figures["spectra"]}
+    shown = [(explained(probes), ABOUT_PROBE)] if probes else []
+    shown += [(powers(spectra), ABOUT_SPECTRA)] if spectra else []
+    for _, about in shown:
+        page.text(about)
+    page.plots([figure for figure, _ in shown])
+
+
+def explained(probes: dict[str, dict[str, Any]]) -> Figure:
+    """What the probe explains by noise level."""
+    figure, axis = _axis("noise level sigma", "share explained")
+    first = next(iter(probes.values()))
+    axis.fill_between(first["sigma"], first["pointwise"], color="#bbb", label="from each number alone")
+    for name, one in probes.items():
+        axis.plot(one["sigma"], one["explained"], "o-", label=name if len(probes) > 1 else "probe")
+    axis.set_ylim(top=1)
+    axis.legend(frameon=False)
     return figure
+
+
+def powers(spectra: dict[str, dict[str, Any]]) -> Figure:
+    """Spectra of latents and of pictures of their size."""
+    figure, axis = _axis("cycles per latent pixel", "power")
+    for name, one in spectra.items():
+        prefix = f"{name}: " if len(spectra) > 1 else ""
+        for kind, style in (("latents", "-"), ("shrunk pictures", ":")):
+            axis.plot(one[kind]["frequency"], one[kind]["power"], style, label=prefix + kind)
+    axis.axhline(1, color="#bbb", zorder=0)
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _axis(across: str, up: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlabel=across, ylabel=up)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
 
 
 def details(page: Page, one: Findings, of: str) -> None:

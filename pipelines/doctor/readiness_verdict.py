@@ -33,6 +33,13 @@ GAIN = (0.3, 0.1)
 """Of the probe: below the first doubtful, below the second bad"""
 
 
+OVERALL: dict[Kind, str] = {
+    "good": "These latents are ready for stage 2.",
+    "doubtful": "These latents can be trained on, with doubts.",
+    "bad": "These latents are not ready for stage 2.",
+}
+
+
 class Check(NamedTuple):
     """One judgement."""
 
@@ -43,7 +50,11 @@ class Check(NamedTuple):
 
 def checks(figures: dict[str, Any]) -> list[Check]:
     """All judgements on the figures of `readiness.examine`, the worst first."""
-    found = [judge(figures) for judge in JUDGES if judge is not probe or "probe" in figures]
+    found = [judge(figures) for judge in JUDGES]
+    if figures["spectra"]:
+        found.append(whiteness(figures))
+    if "probe" in figures:
+        found.append(probe(figures))
     return sorted(found, key=lambda check: KINDS.index(check.kind))
 
 
@@ -179,9 +190,10 @@ def robustness(figures: dict[str, Any]) -> Check:
 def probe(figures: dict[str, Any]) -> Check:
     found = figures["probe"]
     gain, score, steps = found["gain"], found["score"], found["steps"]
+    removed = f"{gain:.0%}" if gain > 0 else "none"
     about = (
-        f"a small denoiser explains {score:.0%} of held-out latents after {steps} steps, and removes "
-        f"{gain:.0%} of the error that treating each number alone would leave"
+        f"a small denoiser explains {score:.0%} of held-out latents after {steps} steps, and removes {removed} of the "
+        "error that treating each number alone would leave"
     )
     if gain >= GAIN[0]:
         return Check("probe", "good", f"The latents are learnable: {about}.")
@@ -195,8 +207,7 @@ JUDGES: tuple[Callable[[dict[str, Any]], Check], ...] = (
     dead,
     tails,
     redundancy,
-    whiteness,
     half,
     robustness,
-    probe,
 )
+"""Of what is always measured"""

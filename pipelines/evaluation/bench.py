@@ -76,8 +76,8 @@ def require_fitting(what: Evaluation, *, draws: bool) -> None:
         )
     if not draws and (what.clip or what.drawing != Drawing()):
         raise UserError(
-            "The model is an autoencoder, which draws nothing; leave out --clip, --steps, --sampler, --guidance and "
-            "--seed."
+            "The model is an autoencoder, which draws nothing; leave out --clip, --steps, --sampler, --guidance, "
+            "--seed, --precision and --reuse."
         )
     if what.size is not None and what.size < 1:
         raise UserError(f"--size is {what.size}, but must be at least 1.")
@@ -129,7 +129,7 @@ class Bench:
             "extractors": self.stamps,
             "estimators": SETTINGS,
             "weights": self.subject.weights,
-            "precision": protocol.precision(self.state.device),
+            "precision": protocol.precision(self.state.device, self.what.drawing.precision),
             "versions": protocol.versions(self.state.device),
             **more,
         }

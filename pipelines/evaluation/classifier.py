@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import require_replaceable, written_beside
+from autoencoder.files import require_replaceable, write_tensors, written_beside
 from autoencoder.untrusted import inside, read_header, read_json, require_finite
 from ldm.checks import require_int
 from ldm.config import UserError
@@ -140,7 +140,7 @@ def save_recogniser(recogniser: Recogniser, folder: Path) -> None:
     with written_beside(folder) as fresh:
         (fresh / CONFIG).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         weights = {name: tensor.contiguous() for name, tensor in recogniser.network.state_dict().items()}
-        save_file(weights, fresh / WEIGHTS)
+        write_tensors(fresh / WEIGHTS, weights)
 
 
 def load_recogniser(folder: Path) -> Recogniser:

@@ -8,13 +8,30 @@ from typing import Any, NamedTuple
 
 from autoencoder.untrusted import read_json
 from ldm.config import UserError, flat
-from pipelines.evaluation.fidelity import FEW
+from pipelines.evaluation.fidelity import FEW, SURE
 from pipelines.evaluation.protocol import differing
 
 LOWER = ("fid", "fd", "kid", "rfid", "rfd", "rkid", "lpips", "copies", "nearer")
 """Beginnings of the names of figures of which less is better; of all others more is"""
-SURE = 1.96
-"""Standard errors of the difference beyond which it is taken for one (95 %)"""
+WORDS = {
+    "fid": "FID",
+    "fd": "FD",
+    "kid": "KID",
+    "rfid": "rFID",
+    "rfd": "rFD",
+    "rkid": "rKID",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "clip_score": "CLIP score",
+    "inception_score": "Inception Score",
+    "class_accuracy_real": "class accuracy of real pictures",
+    "copies_pixels": "copies of training pictures, by pixels",
+    "copies_features": "copies of training pictures, by features",
+    "nearer_pixels": "held-out pictures further from training ones than a drawn one, by pixels",
+    "nearer_features": "held-out pictures further from training ones than a drawn one, by features",
+}
+"""Names of figures that people write otherwise"""
 
 
 class Row(NamedTuple):
@@ -40,6 +57,12 @@ class Row(NamedTuple):
 def less_is_better(name: str) -> bool:
     """Of a figure by its name."""
     return name.split("_")[0].split(" ")[0] in LOWER
+
+
+def in_words(name: str) -> str:
+    """A figure's name as people write it."""
+    short, space, extractor = name.partition(" ")
+    return WORDS.get(short, short.replace("_", " ")) + space + extractor
 
 
 def read_result(file: Path) -> dict[str, Any]:

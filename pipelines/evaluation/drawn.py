@@ -90,6 +90,7 @@ def how_drawn(bench: Bench, training: Source | None) -> dict[str, Any]:
         sampler=drawing.sampler or model.sampler,
         spacing="usual" if drawing.sampler or model.spacing is None else model.spacing,
         steps=drawing.steps,
+        reuse=drawing.reuse,
         seeds=f"{drawing.seed} to {drawing.seed + bench.count - 1}",
         clip=bench.clip.stamp if bench.clip else None,
         training=looked,
@@ -151,7 +152,7 @@ def of_captions(
     scores = {"clip_score": share.whole(bench.clip(pixels, own))} if bench.clip else {}
     if isinstance(bench.source, SceneSource):
         for name, column in zip(ATTRIBUTES, share.whole(of_scenes(pixels, own)).unbind(1), strict=True):
-            said = column[~column.isnan()]
+            said = column[~column.isnan()].bool()
             if len(said):
                 scores["prompts_satisfied" if name == "all" else f"satisfied_{name}"] = said
     return scores

@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from autoencoder.files import write_text
+from autoencoder.files import require_writable, write_text
 from ldm.config import UserError
 from pipelines.evaluation.bench import Bench, Evaluation, Result
 from pipelines.evaluation.coder import of_reconstructions
@@ -33,14 +33,16 @@ def evaluate(model: str, what: Evaluation, out: Path | None = None) -> Path | No
     Raises:
         UserError: model, data, weights or a package are not there; says which, and what to do.
     """
-    if out and out.is_dir():
-        raise UserError(f"--out is {out}, which is a folder; name the file for the result in it.")
+    if out and (out.is_dir() or out.suffix != ".json"):
+        raise UserError(f"--out is {out}, but must name a file .json; its pictures lie beside it.")
     return measure(Bench(model, what), out)
 
 
 def measure(bench: Bench, out: Path | None = None) -> Path | None:
     """`evaluate` on a bench that is open already."""
     file = out or usual_name(bench)
+    if bench.state.is_main_process:
+        require_writable(file.parent)
     draws = isinstance(bench.subject.model, LatentDiffusion)
     result = of_drawn(bench) if draws else of_reconstructions(bench)
     if not bench.state.is_main_process:
@@ -69,7 +71,12 @@ def usual_name(bench: Bench) -> Path:
             drawing.sampler or subject.model.sampler,
             f"steps{drawing.steps}",
             f"guidance{drawing.guidance:g}",
+            *([f"seed{drawing.seed}"] if drawing.seed else []),
+            *([drawing.precision] if drawing.precision != "f32" else []),
+            *([f"reuse{drawing.reuse}"] if drawing.reuse > 1 else []),
         ]
+    elif what.size is not None:
+        parts.append(f"size{what.size}")
     name = "-".join(part.replace(":", "-").replace("/", "-") for part in parts)
     return subject.run / "evaluations" / f"{name}.json"
 

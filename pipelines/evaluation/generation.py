@@ -7,7 +7,7 @@ Whole batches go to the processes in turn: their number does not even change wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from ldm.checks import require_int
 from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
 from ldm.data import Source
+from ldm.device import Precision
 from ldm.guidance import Guidance
 from ldm.sampling import slices
 from pipelines.latent_diffusion import LatentDiffusion
@@ -39,6 +40,16 @@ class Drawing:
     """Scale of classifier-free guidance; 1 is none"""
     seed: int = 0
     """Picture i is drawn from seed + i"""
+    precision: Precision = "f32"
+    """Of drawing; likewise reuse, as `LatentDiffusion` has them"""
+    reuse: int = 1
+
+    def by(self, model: LatentDiffusion) -> LatentDiffusion:
+        """The model, told to draw in this precision and with this reuse; ValueError if it can't draw so."""
+        drawer = replace(model, precision=self.precision, reuse=self.reuse)
+        Guidance(scale=self.guidance)
+        drawer.sampler_for(self.sampler, self.steps, model.latent_shape(None))
+        return drawer
 
 
 class Share:
@@ -107,21 +118,16 @@ def spread_out(count: int, of: int) -> list[int]:
 def draw(model: LatentDiffusion, say: dict[str, list[str]], share: Share, how: Drawing) -> Tensor:
     """The pictures of this process, uint8 [own,3,H,W]; picture i is told what `say` has in place i."""
     settings: dict[str, Any] = {"steps": how.steps, "sampler": how.sampler, "guidance": how.guidance}
+    drawer = how.by(model)
 
     def make(rows: range) -> list[Tensor]:
         some = {name: [values[i] for i in rows] for name, values in say.items()}
         n = 1 if say else len(rows)
         seed = how.seed + rows.start
-        return [bytes_of(model(**some, n=n, seed=seed, batch=len(rows), **settings))]  # type: ignore[arg-type]
+        return [bytes_of(drawer(**some, n=n, seed=seed, batch=len(rows), **settings))]  # type: ignore[arg-type]
 
     (pixels,) = share.made(make, "drawing")
     return pixels
-
-
-def require_drawing(model: LatentDiffusion, how: Drawing) -> None:
-    """ValueError if the model can't draw so."""
-    Guidance(scale=how.guidance)
-    model.sampler_for(how.sampler, how.steps, model.latent_shape(None))
 
 
 def bytes_of(images: Sequence[Image.Image]) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ldm.config import flat
+from ldm.device import Precision
 
 OURS = "ldm-from-scratch"
 PACKAGES = (OURS, "torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "pillow")
@@ -50,14 +51,14 @@ def installed(name: str) -> bool:
     return True
 
 
-def precision(device: torch.device) -> str:
-    """What is computed in, where that is less than float32 too."""
+def precision(device: torch.device, drawn: Precision = "f32") -> str:
+    """What is computed in, where that is less than float32 too; pictures may be drawn in another."""
     said, fast = "float32", torch.get_float32_matmul_precision()
     if fast != "highest":
         said += f", products of matrices in {fast} precision"
     if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
         said += ", convolutions in TF32"
-    return said
+    return said if drawn == "f32" else f"drawn in {drawn}, measured in {said}"
 
 
 def differing(one: dict[str, Any], other: dict[str, Any], but: Sequence[str] = ()) -> list[str]:

@@ -3,41 +3,55 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from autoencoder.files import write_text
+from autoencoder.files import require_writable, write_text
+from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, ClassLabels
 from ldm.config import UserError
 from ldm.data import DataConfig, Source, open_source
 from ldm.inspection import sound
 from ldm.pictures import to_tensor
 from pipelines.evaluation.classifier import train_recogniser
+from pipelines.evaluation.generation import Drawing
 from pipelines.latent_diffusion import LatentDiffusion, best_device
 from pipelines.safety import provenance
 from pipelines.sheets import contact_sheet, sheet_beside
 
 
-def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance: float, seed: int) -> None:
+def recognise(model: str, path: str, out: Path, each: int, drawing: Drawing) -> None:
     """Draw `each` pictures for every class, and write what share of them a classifier names rightly to `out`.
 
     Raises:
         UserError: the data has no classes, or a class has no single caption to draw it from.
+        ValueError: the model can't draw so.
     """
     sheet = sheet_beside(out)
-    drawer = LatentDiffusion.from_pretrained(model).to(best_device())
+    require_int("each", each, 1, 2**31)
+    drawer = drawing.by(LatentDiffusion.from_pretrained(model).to(best_device()))
     side = drawer.latent_shape(None)[1] * drawer.autoencoder.config.factor
     data = DataConfig(path=path, size=side)
     source = sound(open_source(data))
     prompts = (
         list(source.classes) if isinstance(drawer.conditioner, ClassLabels) else captions_of_classes(source)
     )
+    require_writable(out.parent)
     recogniser = train_recogniser(data)
     classes = source.classes if isinstance(drawer.conditioner, ClassAndText) else None
-    drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "seed": seed}
-    images = drawer(prompts, classes=classes, n=each, batch=32, progress=True, **drawing)
+    images = drawer(
+        prompts,
+        classes=classes,
+        n=each,
+        batch=32,
+        progress=True,
+        steps=drawing.steps,
+        sampler=drawing.sampler,
+        guidance=drawing.guidance,
+        seed=drawing.seed,
+    )
     truth = [name for name in recogniser.classes for _ in range(each)]
     named = recogniser.names(torch.stack([to_tensor(image) for image in images]))
     right = [name == true for name, true in zip(named, truth, strict=True)]
@@ -50,7 +64,7 @@ def recognise(model: str, path: str, out: Path, each: int, steps: int, guidance:
         "classes": len(recogniser.classes),
         "classifier_accuracy": recogniser.accuracy,
         "missed": missed,
-        "drawing": drawing | {"sampler": drawer.sampler},
+        "drawing": asdict(drawing) | {"sampler": drawing.sampler or drawer.sampler},
     }
     write_text(out, json.dumps(result, indent=1) + "\n")
     shown = contact_sheet(

@@ -11,10 +11,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from autoencoder.files import flush
+from autoencoder.files import flush, write_tensors
 from ldm.data import Source
 from pipelines.evaluation.extractors import Extractor, Seen
 from pipelines.evaluation.generation import Share, bytes_of
@@ -86,6 +86,6 @@ def _write(file: Path, columns: list[Tensor]) -> None:
     fresh = file.with_name(
         f".{file.name}.{os.getpid()}.writing"
     )  # others may compute the same at the same time
-    save_file(dict(zip(("features", "logits"), columns, strict=False)), fresh)
+    write_tensors(fresh, dict(zip(("features", "logits"), columns, strict=False)))
     flush(fresh)
     fresh.replace(file)

@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from ldm.config import UserError
 from pipelines.evaluation.bench import Bench, Evaluation
-from pipelines.evaluation.compare import less_is_better, read_result
+from pipelines.evaluation.compare import in_words, less_is_better, read_result
 from pipelines.evaluation.drawn import drawer, how_drawn, training_pictures
 from pipelines.evaluation.evaluate import measure
-from pipelines.evaluation.generation import require_drawing
 from pipelines.evaluation.protocol import differing
 from pipelines.evaluation.subjects import kind_of
 from pipelines.reports.run_plots import tidy
@@ -38,7 +37,7 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
     bench, files = Bench(model, what), []
     drawings = {value: replace(what.drawing, **{setting: value}) for value in values}
     for drawing in drawings.values():
-        require_drawing(drawer(bench), drawing)
+        drawing.by(drawer(bench))
     for value, drawing in drawings.items():
         file = folder / f"{setting}-{value}.json"
         bench.what = replace(what, drawing=drawing)
@@ -101,9 +100,3 @@ def in_short(result: dict[str, Any], setting: Setting) -> str:
     real = f"{how['reference']['pictures']:,} real ones of split {how['reference']['split']}"
     about = f"{how['n']:,} pictures of {result['model']['name']} for each value, {', '.join(kept)}; against {real}"
     return f"{about}; shaded: 95 % interval"
-
-
-def in_words(name: str) -> str:
-    """A figure's name as people write it."""
-    short = name.partition(" ")[0]
-    return name.replace(short, short.upper(), 1) if short in ("fid", "fd", "kid") else name.replace("_", " ")

@@ -7,6 +7,7 @@ of it is read from the run's folder; what is not there is said to be missing, no
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -21,6 +22,7 @@ from PIL import Image
 
 from autoencoder.untrusted import inside
 from ldm.config import flat
+from pipelines.evaluation.compare import in_words
 from pipelines.reports import run_plots
 from pipelines.reports.page import Page
 from pipelines.reports.run_record import (
@@ -48,7 +50,7 @@ def report(run: Path, out: Path | None = None) -> Path:
     """
     record = read_record(run)
     first = stage_one_of(record) if record.latent else record
-    page = Page(f"{'Latent model' if record.latent else 'Autoencoder'} {run.resolve().name}")
+    page = Page(f"{'Latent model' if record.latent else 'Autoencoder'} {run_plots.name_of(run)}")
     opening(page, record)
     page.contents()
     if record.latent:
@@ -74,13 +76,14 @@ def opening(page: Page, record: Record) -> None:
         page.verdict(f"Finished after {record.step:,} steps.", "good")
     else:
         page.verdict(f"Under way, or stopped: {record.step:,} of {steps:,} steps so far.", "doubtful")
-    facts = {"steps": f"{record.step:,} of {steps:,}", "samples seen": f"{record.step * batch(record):,}"}
+    reached = f"{record.step:,}" if record.result else f"{record.step:,} of {steps:,}"
+    facts = {"steps": reached, "samples seen": f"{record.step * batch(record):,}"}
     if "seconds" in record.result:
         facts["time"] = duration(record.result["seconds"])
     _, speeds = run_plots.speeds(record.lines, batch(record))
     if speeds:
         facts["pictures a second"] = f"{median(speeds):.3g}"
-    facts |= {name.replace("_", " "): number(value) for name, value in newest(record).items()}
+    facts |= {run_plots.title_of(name): number(value) for name, value in newest(record).items()}
     page.facts(facts)
     for name, what in (
         ("skipped.jsonl", "steps were skipped for want of a finite gradient"),
@@ -146,8 +149,7 @@ def panels(record: Record) -> Iterator[Figure]:
     judged = [name for name in noted if name.endswith(JUDGED)]
     yield run_plots.panel(lines, together, "loss")
     if found := run_plots.by_level(lines):
-        looks = max(len(steps) for levels in found.values() for steps, _ in levels.values())
-        for draw in (run_plots.draw_levels, run_plots.draw_last)[looks == 1 :]:
+        for draw in run_plots.kinds_of_levels(found):
             figure = run_plots.small()
             draw(figure.subplots(), found)
             yield figure
@@ -222,11 +224,8 @@ def metrics(page: Page, record: Record) -> None:
 
 def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
     """Figures, the pictures that lie beside them, and the protocol."""
-    rows = [
-        [name.replace("_", " "), number(figure["value"]) + spread(figure), interval(figure)]
-        for name, figure in found["figures"].items()
-    ]
-    missing = [f"{name.replace('_', ' ')}: {reason}" for name, reason in found.get("left_out", {}).items()]
+    rows = [[in_words(name), *said(figure)] for name, figure in found["figures"].items()]
+    missing = [f"{in_words(name)}: {reason}" for name, reason in found.get("left_out", {}).items()]
     about = {name: found[name] for name in ("measured", "data") if name in found}
     protocol = "\n".join(f"{name}: {value}" for name, value in flat(about | found["protocol"]).items())
     pictures = {name: Image.open(inside(folder, file)) for name, file in found.get("pictures", {}).items()}
@@ -236,16 +235,25 @@ def evaluation(page: Page, found: Mapping[str, Any], folder: Path) -> None:
         page.list(missing)
     page.details("How this was measured", protocol)
     for name, picture in pictures.items():
-        page.picture(picture.convert("RGB"), name.replace("_", " "))
+        page.picture(picture.convert("RGB"), PICTURES.get(name, name.replace("_", " ")))
 
 
-def spread(figure: Mapping[str, Any]) -> str:
-    return "" if figure.get("error") is None else f" ± {figure['error']:.2g}"
+PICTURES = {
+    "drawn": "Some of the drawn pictures.",
+    "nearest": "The drawn pictures that come nearest to training pictures, each above these.",
+    "reconstructions": "Real pictures, each above what the autoencoder gives back of it.",
+}
+"""What lies beside a result"""
 
 
-def interval(figure: Mapping[str, Any]) -> str:
-    ends = figure.get("interval")
-    return "" if not ends else f"{number(ends[0])} to {number(ends[1])}"
+def said(figure: Mapping[str, Any]) -> tuple[str, str]:
+    """The value with its standard error, and the interval, both to the second digit of the error."""
+    value, error, ends = figure["value"], figure.get("error"), figure.get("interval")
+    if not error:
+        return number(value), f"{number(ends[0])} to {number(ends[1])}" if ends else ""
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    low_high = f"{ends[0]:,.{digits}f} to {ends[1]:,.{digits}f}" if ends else ""
+    return f"{value:,.{digits}f} ± {error:,.{digits}f}", low_high
 
 
 def timings(page: Page, record: Record) -> None:

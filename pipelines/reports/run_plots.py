@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -11,19 +12,38 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ldm.config import UserError
 
+WORDS = {
+    "ema": "of averaged weights",
+    "raw": "of raw weights",
+    "psnr": "PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "kl": "KL",
+}
+"""Parts of names, as people write them"""
+
 LEVEL = re.compile(r"(?P<split>.+)_loss_(?P<weights>ema|raw)/ln_snr_(?P<at>-?[\d.]+)")
 """A loss at one noise level, as `ldm.validation` names it"""
+
+FEW = 8
+"""Points of a curve up to which each is marked"""
 
 Lines = list[dict[str, Any]]
 Points = tuple[list[int], list[float]]
 """Steps, and a value at each"""
 Levels = dict[str, dict[float, Points]]
 """Losses on held-out pictures: "test, ema" -> ln SNR, from clean to noise -> points"""
+
+
+def name_of(run: Path) -> str:
+    """Its folder, and the one that it lies in, where the runs on the same pictures are."""
+    return "/".join(run.resolve().parts[-2:])
 
 
 def logged(run: Path) -> Lines:
@@ -43,9 +63,11 @@ def logged(run: Path) -> Lines:
 
 
 def names(lines: Lines) -> list[str]:
-    """What was noted, but for losses at single noise levels."""
+    """What was noted, losses first, but for those at single noise levels."""
     noted = {name for line in lines for name in line} - {"step", "time"}
-    return sorted(name for name in noted if not LEVEL.fullmatch(name))
+    return sorted(
+        (name for name in noted if not LEVEL.fullmatch(name)), key=lambda name: ("loss" not in name, name)
+    )
 
 
 def points(lines: Lines, name: str) -> Points:
@@ -77,8 +99,8 @@ def speeds(lines: Lines, batch: int) -> Points:
 
 
 def curve(axes: Axes, steps: list[int], values: list[float], **style: Any) -> None:
-    """A line; a single point is marked."""
-    axes.plot(steps, values, marker="o" if len(steps) == 1 else None, **style)
+    """A line; where there are few points they are marked."""
+    axes.plot(steps, values, marker="o" if len(steps) <= FEW else None, markersize=4, **style)
 
 
 def small() -> Figure:
@@ -91,7 +113,7 @@ def panel(lines: Lines, names: list[str], title: str) -> Figure:
     figure = small()
     axes = figure.subplots()
     for name in names:
-        curve(axes, *points(lines, name), label=name.replace("_", " "))
+        curve(axes, *points(lines, name), label=title_of(name))
     if len(names) > 1:
         axes.legend(fontsize=8, frameon=False)
     against_steps(axes, title)
@@ -100,14 +122,22 @@ def panel(lines: Lines, names: list[str], title: str) -> Figure:
 
 def against_steps(axes: Axes, title: str) -> None:
     """Finish a panel; losses and norms over more than a decade are logarithmic, or their end would lie flat."""
-    if ("loss" in title or "norm" in title) and 0 < axes.dataLim.ymin < axes.dataLim.ymax / 10:
+    if (
+        any(word in title for word in ("loss", "norm", "reconstruction"))
+        and 0 < axes.dataLim.ymin < axes.dataLim.ymax / 10
+    ):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        plain_log(axes.yaxis)
     axes.set_xlim(left=0)
     axes.set_xlabel("step", fontsize=9)
     tidy(axes, title)
+
+
+def plain_log(axis: Axis) -> None:
+    """Ticks of a logarithmic axis at 1, 2, 5, 10 and so on, as people write them."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def tidy(axes: Axes, title: str) -> None:
@@ -118,7 +148,10 @@ def tidy(axes: Axes, title: str) -> None:
 
 def title_of(name: str) -> str:
     """What was noted, in words."""
-    return "share of captions or classes left out" if name == "dropped" else name.replace("_", " ")
+    if name == "dropped":
+        return "share of captions or classes left out"
+    said = " ".join(WORDS.get(word, word) for word in name.removesuffix("_db").split("_"))
+    return f"{said} (dB)" if name.endswith("_db") else said
 
 
 def curves(run: Path) -> Figure:
@@ -128,6 +161,7 @@ def curves(run: Path) -> Figure:
     columns = min(3, len(noted))
     rows = -(-len(noted) // columns)
     figure = Figure(figsize=(4.5 * columns, 3 * rows), layout="constrained")
+    figure.suptitle(name_of(run), fontsize=9, color="dimgray")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, name in zip(panels, noted, strict=False):
         curve(axes, *points(lines, name))
@@ -138,7 +172,7 @@ def curves(run: Path) -> Figure:
 
 
 def losses(run: Path) -> Figure:
-    """Loss on held-out pictures by noise level: over the steps of the run, and at its end, averaged and raw weights.
+    """Loss on held-out pictures by noise level: over the steps of the run, and the newest; averaged and raw weights.
 
     Raises:
         UserError: the run has noted none.
@@ -146,11 +180,18 @@ def losses(run: Path) -> Figure:
     found = by_level(logged(run))
     if not found:
         raise UserError(f"{run} has no losses by noise level; train with validation.every above 0.")
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    over_steps, at_end = figure.subplots(1, 2)
-    draw_levels(over_steps, found)
-    draw_last(at_end, found)
+    drawn = kinds_of_levels(found)
+    figure = Figure(figsize=(5.2 * len(drawn), 3.9), layout="constrained")
+    figure.suptitle(name_of(run), fontsize=9, color="dimgray")
+    for draw, axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
+        draw(axes, found)
     return figure
+
+
+def kinds_of_levels(found: Levels) -> list[Callable[[Axes, Levels], None]]:
+    """What shows losses by noise level: over the steps, if there was more than one look, and the newest."""
+    looks = max(len(steps) for levels in found.values() for steps, _ in levels.values())
+    return [draw_levels, draw_last] if looks > 1 else [draw_last]
 
 
 def draw_levels(axes: Axes, found: Levels) -> None:
@@ -170,8 +211,15 @@ def draw_last(axes: Axes, found: Levels) -> None:
     """The newest loss at each noise level, noise at the right."""
     for weights, levels in found.items():
         newest = [values[-1] for _, values in levels.values()]
-        axes.plot([*levels], newest, "o-" if weights.endswith("ema") else "s:", label=weights)
+        style = "o-" if weights.endswith("ema") else "s:"
+        axes.plot([*levels], newest, style, markersize=4, label=weights_in_words(weights))
     axes.invert_xaxis()
     axes.set(xlabel="ln SNR (noise to the right)")
     axes.legend(fontsize=8, frameon=False)
-    tidy(axes, "newest loss at each noise level")
+    step = max(steps[-1] for levels in found.values() for steps, _ in levels.values())
+    tidy(axes, f"loss at each noise level, step {step:,}")
+
+
+def weights_in_words(weights: str) -> str:
+    """A key of `Levels` as people write it."""
+    return weights.replace("ema", "averaged weights").replace(", raw", ", raw weights")

@@ -10,25 +10,33 @@ import yaml
 
 from autoencoder.kl import AutoencoderKL
 from autoencoder.latents import LatentStatistics, fold
+from autoencoder.store import find_folder
 from ldm.config import UserError, parser_for
 from ldm.data import DataConfig
 
 
-def open_autoencoder(name: str) -> AutoencoderKL:
-    """A stage 1 run, a stock folder (also of a whole pipeline), or a hub name.
+def autoencoder_folder(name: str) -> Path:
+    """Where the autoencoder lies of a run of either stage, a stock pipeline or a stock folder, here or on the hub.
 
-    A stock shift_factor is folded in, as `autoencoder.latents` says: stock pipelines of a U-Net ignore it.
+    Raises UserError if there is none in the folder `name`, FileNotFoundError if nothing is called `name`.
     """
     folder = Path(name).expanduser()
-    inner = next(
-        (folder / part for part in ("model", "vae") if (folder / part / "config.json").is_file()), None
-    )
-    if inner is None and folder.is_dir() and not (folder / "config.json").is_file():
+    places = [folder / part for part in ("", "model", "vae", "model/vae")]
+    inner = next((place for place in places if (place / "config.json").is_file()), None)
+    if inner is None and folder.is_dir():
         raise UserError(
             f"{name} holds no finished autoencoder; train one with train_vae.py --run.out {name}, "
             "or name another."
         )
-    autoencoder = AutoencoderKL.from_pretrained(inner or name)
+    return inner or find_folder(name)
+
+
+def open_autoencoder(name: str) -> AutoencoderKL:
+    """The one in `autoencoder_folder`.
+
+    A stock shift_factor is folded in, as `autoencoder.latents` says: stock pipelines of a U-Net ignore it.
+    """
+    autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder(name))
     config = autoencoder.config
     if config.latents_mean or config.latents_std:
         raise UserError(f"{name} has latents_mean and latents_std, which stock pipelines of a U-Net ignore.")

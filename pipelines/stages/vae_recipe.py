@@ -37,7 +37,7 @@ class ShowConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadinessConfig:
-    """The report at the end on how ready the latents are for stage 2, OUT/readiness.html; only of kind kl."""
+    """The report at the end on how ready the latents are for stage 2, OUT/readiness.html; of kind vq there is none."""
 
     pictures: int = 512
     """Training pictures that it looks at; 0: no report"""
@@ -49,6 +49,11 @@ class ReadinessConfig:
             raise ValueError(f"readiness.pictures is {self.pictures}, but must be 0 or at least 2")
         if self.probe_steps < 0:
             raise ValueError(f"readiness.probe_steps is {self.probe_steps}, but must be at least 0")
+        if not self.pictures and self.probe_steps not in (0, ReadinessConfig.probe_steps):
+            raise ValueError(
+                "readiness.probe_steps is set, but readiness.pictures is 0, which leaves the report out: "
+                "set it, or remove probe_steps"
+            )
 
 
 NETWORKS: dict[str, Any] = {"kl": AutoencoderKL, "vq": VQModel}
@@ -104,6 +109,13 @@ class Recipe:
             raise ValueError(f"loss.gan.start is {gan.start}, but the run ends after {self.run.steps} steps")
         if self.kind == "vq" and self.equivariance != EquivarianceConfig():
             raise ValueError("equivariance is set, but kind is vq: set kind to kl, or remove it")
+        if self.kind == "vq" and self.readiness.pictures and self.readiness != ReadinessConfig():
+            raise ValueError(
+                "readiness is set, but kind is vq, of which there is no report: remove it, or set readiness.pictures "
+                "to 0"
+            )
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}, but must be at least 0")
         step = self.data.bucket_step
         sides = sizes_for(self.data.size, step) if step else [(self.data.size, self.data.size)]
         least = min(map(min, sides)) * (self.equivariance.smallest if self.equivariance.probability else 1)
