@@ -40,13 +40,13 @@ from ldm.tasks import Inpaint, Pairs, Restore, Segment, Task, TaskName, Upscale,
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
-from ldm.validation import HeldOut, ValidationConfig, hold_out
+from ldm.validation import ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
-from pipelines.stages.showing import ShowConfig, Shown, show, things_to_show
+from pipelines.stages.looking import Look
+from pipelines.stages.showing import ShowConfig, things_to_show
 from pipelines.stages.stage_one import open_autoencoder
 from pipelines.stages.starting import require_noise, require_words, shape_of, starting_model, take_over
-from pipelines.stages.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ def train(recipe: Recipe, run: Run) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
-    look = Look(recipe, model, shown, held_out, denoiser, ema, trained)
+    look = Look(recipe.show, recipe.validation, model, shown, held_out, denoiser, ema, trained)
     averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
     run.resume(model, publish=True, contract=contract, **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
@@ -374,29 +374,6 @@ def conditioner_for(
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-@dataclass(frozen=True)
-class Look:
-    """What is done every so often, and before the first step: pictures to see, and figures of held-out pictures."""
-
-    recipe: Recipe
-    model: LatentDiffusion
-    shown: Shown
-    held_out: HeldOut | None
-    denoiser: Denoiser
-    ema: EMA
-    trained: dict[str, Any]
-
-    def __call__(self, run: Run) -> None:
-        show_config, validation = self.recipe.show, self.recipe.validation
-        if run.due(show_config.every):
-            self.ema.gather()
-            show(run, self.model, show_config, self.shown)
-        if self.held_out and run.due(validation.every):
-            self.ema.gather()
-            guidance, trained = show_config.guidance, self.trained
-            validate(run, validation, guidance, self.model, self.held_out, self.denoiser, trained)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_long_captions_are_counted_and_a_run_says_how_many() -> None:
     said: list[str] = []
     run: Any = SimpleNamespace(seed=lambda purpose: None, place=lambda module: module, say=said.append)
     config = ConditioningConfig(text=TextConfig(width=16, layers=1, heads=2, max_length=8))
-    train_ldm.conditioner_for(config, run, a_source(CAPTIONS))
+    train_ldm.conditioner_for(config, run, a_source(CAPTIONS), None)
     assert said == ["2 of 4 captions are longer than 8 tokens and are cut; see conditioning.text.max_length"]
 
 
