@@ -15,6 +15,7 @@ from pipelines.cli import main as ldm
 from pipelines.evaluation.compare import Row, compare
 from pipelines.evaluation.protocol import commit, precision, versions
 from pipelines.evaluation.sweeps import plot
+from tests.support import DRAWING, values
 
 
 def test_compare_refuses_what_was_measured_otherwise(
@@ -60,6 +61,21 @@ def test_a_difference_is_judged_by_its_error_and_direction() -> None:
 def test_the_stamp_says_where_less_than_float32_is_computed_in() -> None:
     assert precision(torch.device("cpu")) == "float32"
     assert precision(torch.device("cuda")) == "float32, convolutions in TF32"  # torch's default
+    assert precision(torch.device("cpu"), "bf16") == "drawn in bf16, measured in float32"
+
+
+def test_what_is_drawn_in_bf16_or_with_reuse_is_not_compared_with_what_is_not(
+    chain: Path, asked: list[str], result: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--training-split", "none"]
+    ldm([*words, "--precision", "bf16", "--reuse", "2", "--out", str(tmp_path / "b.json")])
+    capsys.readouterr()
+    assert values(tmp_path / "b.json")["kid"] != values(result)["kid"]
+    with pytest.raises(SystemExit):
+        ldm(["compare", str(result), str(tmp_path / "b.json"), "--but", "training"])
+    said = capsys.readouterr().err
+    assert "precision: float32 and drawn in bf16, measured in float32; reuse: 1 and 2" in said
+    ldm(["compare", str(result), str(tmp_path / "b.json"), "--but", "training", "precision", "reuse"])
 
 
 def test_sweep_plots_the_figures_and_measures_anew_only_what_was_measured_otherwise(

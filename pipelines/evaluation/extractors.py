@@ -251,8 +251,8 @@ def _timm(model: str, file: Path | None) -> Extractor:
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as problem:
         raise UserError(
-            f"The weights of timm:{model} can't be had ({first_line(problem)}): have model.safetensors of "
-            f"{told.hf_hub_id} in the Hugging Face cache, or name a safetensors file, timm:{model}@FILE."
+            f"The weights of timm:{model} can't be had ({first_line(problem)}): name a safetensors file, "
+            f"timm:{model}@FILE, or {where_on_the_hub(told.hf_hub_id)}."
         ) from None
     side = told.input_size[-1]
     prepare = resized(side, told.mean, told.std)
@@ -278,7 +278,7 @@ def _transformers(model: str, file: Path | None) -> Extractor:
     except (OSError, ValueError) as problem:
         raise UserError(
             f"The extractor transformers:{model} can't be had ({first_line(problem)}): name a folder with "
-            "config.json, model.safetensors and preprocessor_config.json, or a model in the Hugging Face cache."
+            f"config.json, model.safetensors and preprocessor_config.json, or {where_on_the_hub(model)}."
         ) from None
     missing = sorted(found["missing_keys"])
     if any("pooler" not in key for key in missing):
@@ -338,6 +338,14 @@ FAMILIES: dict[str, Callable[[str, Path | None], Extractor]] = {
     "timm": _timm,
     "transformers": _transformers,
 }
+
+
+def where_on_the_hub(name: str) -> str:
+    """How to get a model of the hub to a machine that does not reach it, for a sentence of ours."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    place = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    return f"run `hf download {name}` where there is internet, and copy the folder that it makes to {place}"
 
 
 def first_line(problem: BaseException) -> str:

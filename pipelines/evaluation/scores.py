@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.metrics import SMALLEST_FOR_SSIM, psnr, ssim
-from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cached_file
+from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cached_file, fetching
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from ldm.scenes_check import satisfied
-from pipelines.evaluation.extractors import first_line
+from pipelines.evaluation.extractors import first_line, where_on_the_hub
 from pipelines.evaluation.generation import images_of
 
 ATTRIBUTES = ("all", "colour", "shape", "size", "place", "relation", "background")
@@ -37,7 +37,7 @@ class Clip:
         except (OSError, ValueError) as problem:
             raise UserError(
                 f"The CLIP model {name} can't be had ({first_line(problem)}): name a folder with its config, "
-                "tokenizer and model.safetensors, or leave out --clip."
+                f"tokenizer and model.safetensors, or {where_on_the_hub(name)}, or leave out --clip."
             ) from None
         self.device = device
         parts: Any = (_Plain(model), processor)
@@ -87,7 +87,8 @@ def perceptual(config: PerceptualConfig, side: int, device: torch.device) -> tup
             raise UserError(f"--lpips-weights is {config.weights}, but there is no such file.") from None
         return (
             None,
-            f"LPIPS needs {cached_file(config.network)}; put it there, or name a safetensors file with --lpips-weights",
+            f"LPIPS needs {cached_file(config.network)}, which {fetching(config.network)} fetches where there is "
+            "internet; or name a safetensors file with --lpips-weights",
         )
 
 
