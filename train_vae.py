@@ -129,7 +129,7 @@ def train(recipe: Recipe, run: Run) -> None:
 def conclude(run: Run, quality: dict[str, float], shown: str, split: str) -> None:
     """Say and keep what came of it."""
     told = ", ".join(f"{name} {value:.4g}" for name, value in quality.items())
-    run.say(f"{told} on {shown}; the model is in {run.out}/model")
+    run.tell(f"{told} on {shown}; the model is in {run.out}/model")
     run.end(**{name: round(value, 4) for name, value in quality.items()}, psnr_split=split)
 
 
@@ -286,7 +286,8 @@ def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, mad
     if not run.main:
         return
     sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]), labels=["original", "made"])
-    sheet.save(run.out / "reconstructions.png")
+    with writing(run.out / "reconstructions.png"):
+        sheet.save(run.out / "reconstructions.png")
     if recipe.kind == "kl" and recipe.readiness.pictures:
         budget = Budget(pictures=recipe.readiness.pictures, probe_steps=recipe.readiness.probe_steps)
         try:
@@ -294,7 +295,7 @@ def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, mad
         except (UserError, ValueError, OSError) as problem:  # the model is trained and saved all the same
             run.say(f"there is no report on the latents: {problem}")
         else:
-            run.say(f"{found.sentence} Why: {run.out}/readiness.html")
+            run.tell(f"{found.sentence} Why: {run.out}/readiness.html")
 
 
 if __name__ == "__main__":

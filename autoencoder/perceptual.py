@@ -94,6 +94,11 @@ def cached_file(network: Classifier) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", _stock_weights(network).url.rsplit("/", 1)[-1])
 
 
+def fetching(network: Classifier) -> str:
+    """The command that puts those weights there, where there is internet."""
+    return f"python -c \"import torchvision as t; t.models.{NAMES[network]}(weights='DEFAULT')\""
+
+
 def _stock_weights(network: Classifier) -> Any:
     from torchvision.models import get_model_weights
 
@@ -114,8 +119,8 @@ def _missing(network: Classifier) -> str:
     also = f" and {HUB[network]} on the Hugging Face hub can't be had" if network in HUB else ""
     return (
         f"loss.lpips needs torchvision's weights of {name}, but {cached_file(network)} is not there{also}; where "
-        f"there is internet, python -c \"import torchvision as t; t.models.{name}(weights='DEFAULT')\" fetches it, "
-        "or set loss.lpips.weights to a safetensors file, or loss.lpips.weight to 0"
+        f"there is internet, {fetching(network)} fetches it, or set loss.lpips.weights to a safetensors file, or "
+        "loss.lpips.weight to 0"
     )
 
 

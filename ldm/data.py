@@ -224,7 +224,7 @@ class SceneSource(Source):
     def __init__(self, config: DataConfig, split: str) -> None:
         if split not in ("train", "test"):
             raise UserError(
-                f"The drawn scenes have the splits train and test, not {split!r}; set data.split."
+                f"The drawn scenes have the splits train and test, not {split!r}; choose one of those."
             )
         count, level = config.scenes.count, config.scenes.level
         self.scenes = Scenes(count, size=config.size, level=level, split=split)  # type: ignore[arg-type]

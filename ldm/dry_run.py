@@ -51,7 +51,9 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
     missing = [folder for folder in scratch.parents if not folder.exists()]
     doing, found = ["starting"], new_findings(recipe)
     try:
-        train(recipe, DryRun(recipe, scratch, doing, found))
+        run = DryRun(recipe, scratch, doing, found)
+        with run.signals:
+            train(recipe, run)
     except (UserError, OSError, ValueError, RuntimeError, MemoryError) as problem:
         hint = f" {found.memory()}." if out_of_memory(problem) else ""
         raise UserError(f"The dry run failed while {doing[-1]}: {problem}{hint}") from problem
@@ -62,7 +64,8 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
 
 def new_findings(recipe: Any) -> Findings:
     """Those of the run of a recipe, of which nothing is known yet."""
-    return Findings(steps=recipe.run.steps, batch=recipe.run.batch_size, keep=recipe.run.keep)
+    run = recipe.run
+    return Findings(steps=run.steps, batch=run.batch_size, keep=run.keep, save_every=run.save_every)
 
 
 def clear(scratch: Path, missing: Iterable[Path]) -> None:
@@ -166,6 +169,9 @@ class DryRun(Run):
 
     def say(self, text: str) -> None:
         super().say(f"dry run: {text}")
+
+    def tell(self, text: str) -> None:
+        pass  # a few steps make no model, and its folder is removed
 
     @property
     def fresh(self) -> bool:

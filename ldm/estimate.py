@@ -32,7 +32,8 @@ def undertake(recipe: Any, train: Train, rehearsed: Train) -> None:
     """
     run = Run(recipe.run, recipe)
     try:
-        train(recipe, run)
+        with run.signals:
+            train(recipe, run)
     except Exception as problem:
         if not out_of_memory(problem):
             raise

@@ -55,6 +55,8 @@ def find(path: str, split: str) -> Found:
     if not folder.exists():
         if path.startswith("hub:"):
             name, _, revision = path.removeprefix("hub:").partition("@")
+            if not name:
+                raise UserError(f"data.path is {path!r}, which names no data set; make it hub:NAME/OF-A-SET.")
             rows = load(name, split, name, revision=revision or None)
             return table(rows, f"hub data set {name}, split {split}", name, None)
         raise UserError(
@@ -121,14 +123,19 @@ def _folder(folder: Path, pictures: list[Path], split: str) -> Found:
         missing = [p for p, is_there in zip(pictures, there, strict=True) if not is_there]
         if missing:
             raise UserError(
-                f"{missing[0]} and {len(missing) - 1} more have no caption file beside them (.txt)."
+                f"{len(missing)} of {len(pictures)} pictures have no caption file beside them, {missing[0]} first; "
+                "write one (.txt; an empty one is an empty caption), or take the others away to train without."
             )
         columns["text"] = [_text(t).strip() for t in texts]
         kind += " with a .txt beside each picture"
-    if all(p.parent != folder for p in pictures):
+    notes: tuple[str, ...] = ()
+    loose = [p for p in pictures if p.parent == folder]
+    if not loose:
         columns["label"] = [p.relative_to(folder).parts[0] for p in pictures]
         kind += ", a sub-folder for each class"
-    return Found(pictures=_stored(pictures, root), columns=columns, kind=kind, files=pictures)
+    elif len(loose) < len(pictures):
+        notes = (f"sub-folders are not taken for classes, as {len(loose)} pictures lie in none: {loose[0]}",)
+    return Found(pictures=_stored(pictures, root), columns=columns, kind=kind, notes=notes, files=pictures)
 
 
 def _text(file: Path) -> str:
@@ -157,14 +164,16 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
                 named.append(where)
                 homes.append(file.parent)
     if not rows:
-        raise UserError(
-            f"{', '.join(f.name for f in metadata)} in {folder} names no picture of split {split!r}."
-        )
+        raise UserError(f"{_names(metadata)} in {folder} names no picture of split {split!r}.")
     columns = _columns(rows)
     others = _others(columns, homes, root)
     used = {stored.path for column in others.values() for stored in column}
     left = {str(p) for p in pictures if base in p.parents} - set(named) - used
-    notes = (f"{len(left)} pictures are not named in the metadata and left out: {min(left)}",) if left else ()
+    notes: tuple[str, ...] = ()
+    if left:
+        notes = (f"{len(left)} pictures are not named in the metadata and left out: {min(left)}",)
+    if again := len(named) - len(set(named)):
+        notes += (f"{again} rows of {_names(metadata)} name a picture that another row names too",)
     return Found(
         pictures=[Stored(name, path=name, root=root) for name in named],
         columns=columns,
@@ -173,6 +182,10 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
         files=named,
         others=others,
     )
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(dict.fromkeys(file.name for file in files))
 
 
 def _place(home: Path, name: Any) -> str:
@@ -205,9 +218,9 @@ def _metadata(file: Path) -> list[dict[str, Any]]:
 
     try:
         if file.suffix == ".csv":
-            return [*csv.DictReader(_text(file).splitlines(keepends=True), strict=True)]
+            return [*_csv(_text(file))]
         if file.suffix == ".jsonl":
-            return [json.loads(line) for line in _text(file).splitlines() if line.strip()]
+            return [_object(line) for line in _text(file).splitlines() if line.strip()]
         if file.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -217,6 +230,23 @@ def _metadata(file: Path) -> list[dict[str, Any]]:
     raise UserError(
         f"{file} is in no form that is read; make it metadata.csv, .parquet, or .jsonl with one object a line."
     )
+
+
+def _csv(text: str) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    for row in reader:
+        if None in row:  # what is beyond the last column: of a caption with a comma, its rest
+            raise ValueError(
+                f"line {reader.line_num} has more fields than there are columns; put a text with commas into quotes"
+            )
+        yield row
+
+
+def _object(line: str) -> dict[str, Any]:
+    read = json.loads(line)
+    if not isinstance(read, dict):
+        raise ValueError(f"{line[:40]!r} is no object with file_name and text")
+    return read
 
 
 def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:

@@ -273,5 +273,5 @@ def _state(source: Source) -> str:
             about: object = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
         except OSError as problem:
             about = problem.errno
-        sums.update(f"{file} {about}\n".encode())
+        sums.update(f"{file} {about}\n".encode(errors="surrogateescape"))  # a name may be any bytes
     return sums.hexdigest()[:16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,14 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print on the first process, above the progress bar."""
         if self.main:
-            tqdm.write(text, file=sys.stderr)
+            with suppress(
+                OSError, RuntimeError
+            ):  # a terminal that is gone; a signal while another text is printed
+                tqdm.write(text, file=sys.stderr)
+
+    def tell(self, text: str) -> None:
+        """Say what came of the training."""
+        self.say(text)
 
     def picture(self, sheet: Image.Image, name: str) -> None:
         """Save a picture as samples/NAME-STEP.png, with what its `info` says of it."""
@@ -126,7 +134,12 @@ class RunLog:
 
         metrics = self.out / "metrics.jsonl"
         if self.main and metrics.exists():
-            write_text(metrics, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
+            self.write(metrics.name, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace the file NAME of the run folder by `text` in one step."""
+        with writing(self.out / name):
+            write_text(self.out / name, text)
 
     def append(self, name: str, **record: Any) -> None:
         """Add a line to the file NAME of the run folder, with the time; on the first process."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import psutil
@@ -30,7 +30,6 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import write_text
 from autoencoder.layers import enable_checkpointing
 from ldm import checkpoint, random, trackers
 from ldm.buckets import Buckets
@@ -40,7 +39,7 @@ from ldm.faults import GO_ON, Watchdog, let_exchanges_end
 from ldm.memory import keep_freed
 from ldm.optim import OptimizerConfig
 from ldm.run_config import RunConfig, chosen_precision
-from ldm.run_folder import environment, is_finished, open_folder
+from ldm.run_folder import environment, is_finished, open_folder, require_one_folder
 from ldm.run_log import RunLog
 from ldm.sampling import Stills, Stream, cores, groups, read
 from ldm.sharding import shard, whole
@@ -59,6 +58,7 @@ class Run(RunLog):
     Attributes:
         step: optimizer steps done.
         accelerator: of `accelerate`; `run.device` and `run.main` are its device and whether this process is the first.
+        signals: open around the training.
         placed: the networks; `parts` is what checkpoints consist of.
     """
 
@@ -106,8 +106,9 @@ class Run(RunLog):
         self._published: Path | None = None
         self._order: np.ndarray | Buckets = np.arange(0)
         self._saved = -1
+        self._owner: IO[str] | None = None  # keeps the folder as long as it is open
         self._earlier, self._began = 0.0, psutil.Process().create_time()
-        self._signals = StopSignals(self.say)
+        self.signals = StopSignals(self.say)
         self._watchdog, self._writer = Watchdog(config.timeout), checkpoint.Writer()
         set_seed(config.seed)
         self._changed = self._open_folder()
@@ -116,7 +117,11 @@ class Run(RunLog):
         self.say(f"precision {precision}, {accelerator.num_processes} process(es) on {self.device}")
 
     def _open_folder(self) -> list[str]:
-        return open_folder(self.out, self.recipe) if self.main else []
+        changed: list[str] = []
+        if self.main:
+            self._owner, changed = open_folder(self.out, self.recipe)
+        require_one_folder(self.out, self._owner)
+        return changed
 
     # --- weights -----------------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Run(RunLog):
             changed=self._changed,
         )
         if self.main:
-            write_text(self.out / "config.yaml", to_yaml(self.recipe))
+            self.write("config.yaml", to_yaml(self.recipe))
             for change in self._changed:
                 self.say(f"changed since the last start: {change}")
 
@@ -244,15 +249,7 @@ class Run(RunLog):
         """
         total, self._order = self.config.steps * self.config.batch_size, order
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        stream = Stream(
-            order,
-            seed=self.config.seed,
-            batch=self.batch,
-            start=self.samples,
-            stop=total,
-            rank=rank,
-            ranks=ranks,
-        )
+        stream = self._stream(self.batch, total, rank, ranks)
         bar = tqdm(
             total=total,
             initial=self.samples,
@@ -262,7 +259,7 @@ class Run(RunLog):
             disable=not self.main,
         )
         try:
-            with bar, self._signals, self._watchdog:
+            with bar, self.signals.kept(), self._watchdog:
                 for batch in read(dataset, stream, workers, self.config.timeout):
                     self._watchdog.beat()
                     self._writer.check()
@@ -276,6 +273,11 @@ class Run(RunLog):
                         self._stop(number)
         finally:
             self._writer.wait()
+
+    def _stream(self, batch: int, stop: int, rank: int = 0, ranks: int = 1) -> Stream:
+        """Batches from where the run stands to the position `stop`."""
+        start, seed = self.samples, self.config.seed
+        return Stream(self._order, seed=seed, batch=batch, start=start, stop=stop, rank=rank, ranks=ranks)
 
     def _show_progress(self, bar: tqdm) -> None:
         if (
@@ -301,8 +303,8 @@ class Run(RunLog):
     def _asked_to_stop(self) -> int:
         """The signal that any process has received, or 0: all stop after the same step."""
         if self.accelerator.num_processes == 1:
-            return self._signals.received
-        asked = torch.tensor([self._signals.received], device=self.device)
+            return self.signals.received
+        asked = torch.tensor([self.signals.received], device=self.device)
         return int(self.accelerator.gather(asked).max())
 
     def update(self, loss: Tensor, optimizer: Any, rates: OptimizerConfig, beside: str = "") -> None:
@@ -334,19 +336,8 @@ class Run(RunLog):
     def _lose_step(self, norm: float, beside: str) -> None:
         whose, lost = f"the {beside}'s gradient" if beside else "the gradient", self.lost[beside]
         self.skipped += 1
-        first = self.step * self.config.batch_size
-        batch = Stream(
-            self._order,
-            seed=self.config.seed,
-            batch=self.config.batch_size,
-            start=first,
-            stop=first + self.config.batch_size,
-            rank=0,
-            ranks=1,
-        )
-        self.append(
-            "skipped.jsonl", step=self.step, norm=str(norm), indices=[i for _, i in next(iter(batch))]
-        )
+        samples = next(iter(self._stream(self.config.batch_size, self.samples + 1)))
+        self.append("skipped.jsonl", step=self.step, norm=str(norm), indices=[i for _, i in samples])
         self.say(
             f"step {self.step}: {whose} has the norm {norm}; step skipped ({lost} in a row, {self.skipped} in all); "
             "skipped.jsonl has the indices of its samples"
@@ -395,5 +386,5 @@ class Run(RunLog):
         """Write result.json, which marks the run as finished, and close the trackers."""
         if self.main:
             about = {"step": self.step, "seconds": round(self.seconds, 1)}
-            write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
+            self.write("result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()

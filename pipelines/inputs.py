@@ -28,7 +28,11 @@ def read_picture(file: Path, size: tuple[int, int] | None = None) -> Image.Image
 
 
 def upright(picture: Image.Image) -> Image.Image:
-    """RGB, turned by its EXIF orientation, transparency on white, 16 bits scaled to 8."""
+    """RGB, turned by its EXIF orientation, transparency on white, 16 bits scaled to 8; TypeError for no PIL image."""
+    if not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"{picture!r:.60} is no picture; give a PIL image, such as PIL.Image.open reads from a file"
+        )
     turned = ImageOps.exif_transpose(picture)
     return fitted(turned, turned.size, "white")
 
@@ -53,7 +57,7 @@ def to_mask(mask: Image.Image, picture: Image.Image) -> Tensor:
     Raises:
         ValueError: another size than the picture's; no hole, or nothing else.
     """
-    size, grey = ImageOps.exif_transpose(picture).size, upright(mask).convert("L")
+    size, grey = upright(picture).size, upright(mask).convert("L")
     if grey.size != size:
         raise ValueError(f"mask has the size {grey.size}, but the picture {size}; make them one size")
     darkest, brightest = grey.getextrema()

@@ -281,6 +281,8 @@ class LatentDiffusion:
         side = self.unet.config.sample_size
         height, width = (side, side) if isinstance(side, int) else side or (None, None)
         if size is not None:
+            if len(size) != 2:
+                raise ValueError(f"size is {size!r:.60}, but must be (width, height)")
             for name, value in zip(("width", "height"), size, strict=True):
                 require_int(name, value, 1, 65_536)
                 if value < factor or value % factor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ldm import checkpoint
+from ldm.signals import StopSignals
 from tests.forked import Killer, alike, ended, forked, train, trained
 from tests.support import flip, losses, truncate, zero
 
@@ -86,7 +87,7 @@ def kill_at_operations(
 
 
 def stop_at_random(folder: Path, trials: int, seed: int = 0) -> int:
-    """SIGTERM, SIGINT or SIGUSR1 at random moments of the loop: saved within one step, the right exit code."""
+    """SIGTERM, SIGINT, SIGUSR1 or SIGHUP at random moments of the loop: saved within one step, the right exit code."""
     steps = 12
     rarely = ("--run.steps", f"{steps}", "--run.save_every", f"{steps}", "--show.every", f"{steps}")
     expected, seconds = reference(folder, *rarely)
@@ -99,11 +100,11 @@ def stop_at_random(folder: Path, trials: int, seed: int = 0) -> int:
             time.sleep(0.001)
         time.sleep(moments.uniform(0, seconds / steps))
         done = len(losses(run))
-        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[trial % 3]
+        number = StopSignals.caught[trial % 4]
         os.kill(child, number)
         code, said = ended(child), run.with_suffix(".log").read_text()
         if "to go on, run the same command again" in said:
-            assert code == (130 if number == signal.SIGINT else 143), said
+            assert code == 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number), said
             saved = int(max((run / "checkpoints").glob("step-*")).name.removeprefix("step-"))
             assert done <= saved <= done + 2 and saved == len(losses(run)), (done, saved)
         else:  # this process was kept from sending it until the last step was done

@@ -26,7 +26,9 @@ def main() -> None:
     torch.set_num_threads(1)
     proofs = {
         "kill_at_random": lambda folder: faults.kill_at_random(folder, asked.kills, asked.seed),
-        "kill_stage_2_at_random": lambda folder: faults.kill_at_random(folder, asked.kills, asked.seed, "ldm"),
+        "kill_stage_2_at_random": lambda folder: faults.kill_at_random(
+            folder, asked.kills, asked.seed, "ldm"
+        ),
         "kill_at_operations": faults.kill_at_operations,
         "stop_at_random": lambda folder: faults.stop_at_random(folder, asked.stops, asked.seed),
         "damage_every_file": faults.damage_every_file,

@@ -44,6 +44,14 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
     assert source.classes == ("apple", "pear") and source.labels.tolist() == [0, 0, 1]
 
 
+def test_a_picture_beside_the_sub_folders_is_told(tmp_path: Path) -> None:
+    for name in ("pear/1", "apple/1", "stray"):
+        paint(tmp_path / f"{name}.jpg")
+    source = opened(tmp_path)
+    assert not source.classes
+    assert "not taken for classes, as 1 pictures lie in none" in source.describe()
+
+
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
 def test_metadata_files_give_captions(tmp_path: Path, name: str) -> None:
     paint(tmp_path / "x.png", RED)
@@ -113,7 +121,7 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
         (lambda p: p.write_text("x"), "is a file"),
         (
             lambda p: (paint(p / "a.png"), paint(p / "b.png"), (p / "a.txt").write_text("x")),
-            "b.png and 0 more have no caption",
+            "1 of 2 pictures have no caption file beside them, .*b.png first; write one",
         ),
     ],
 )

@@ -37,8 +37,9 @@ def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, more: list[str]
 ) -> None:
     SCRIPTS[stage].main(arguments(stage, chain, tmp_path / "new" / "run") + more)
-    said = capsys.readouterr().out
+    said, beside = capsys.readouterr()
     assert "seed: 0" in said and "images/s" in said and "All was tried once and worked" in said
+    assert "the model is in" not in beside, "nothing came of it"
     weights = sum(p.numel() for p in AutoencoderKL.from_pretrained(chain / "vae/model").parameters())
     assert f"{weights:,} {'trained' if stage == 'vae' else 'frozen'}" in said
     assert "for the 6 steps from here" in said
@@ -127,7 +128,7 @@ def test_a_batch_that_would_not_fit_is_refused_before_it_is_tried(
 
 
 def test_what_to_lower_is_what_would_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = Findings(steps=1, batch=8, keep=2, room=5 * 10**9)
+    found = Findings(steps=1, batch=8, keep=2, save_every=1, room=5 * 10**9)
     assert "raise run.accumulate, which" in found.memory()
     found.by_accumulate = {1: 9 * 10**9, 2: 6 * 10**9, 4: 4 * 10**9}
     found.bytes["activations"], found.peaks = 3 * 10**9, {"validation": 10**9}
@@ -176,7 +177,7 @@ def test_memory_at_its_peak_is_measured() -> None:
 
 
 def test_times_and_bytes_are_added_up(tmp_path: Path) -> None:
-    found = Findings(steps=100, batch=8, keep=2, done=40)
+    found = Findings(steps=100, batch=8, keep=2, save_every=50, done=40)
     found.parts = [Part("UNet", 7, 3)]
     found.step_seconds, found.cache_seconds, found.repeated_seconds, found.finish_seconds = (
         2.0,
@@ -191,6 +192,7 @@ def test_times_and_bytes_are_added_up(tmp_path: Path) -> None:
     found.there = 1500
     found.check_disk(tmp_path)
     assert "4.0 images/s; 2.3 min for the 60 steps" in found.report(tmp_path)
+    assert "1.7 min between checkpoints (run.save_every 50)" in found.report(tmp_path)
     (tmp_path / "a").write_bytes(b"123")
     assert folder_bytes(tmp_path) == 3 and hours(7200) == "2.0 h"
 

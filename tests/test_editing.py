@@ -181,6 +181,17 @@ def test_bad_input_is_answered_in_a_sentence(model: LatentDiffusion, picture: Im
             work()
 
 
+def test_what_is_no_picture_is_said(model: LatentDiffusion, picture: Image.Image) -> None:
+    for work in (
+        lambda: image_to_image(model, "picture.png", PROMPT),  # type: ignore[arg-type]
+        lambda: inpaint(model, picture, None, PROMPT),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match="is no picture; give a PIL image"):
+            work()
+    with pytest.raises(ValueError, match=r"must be \(width, height\)"):
+        model(PROMPT, size=(16,))  # type: ignore[arg-type]
+
+
 def test_what_was_drawn_meets_the_known_pixels() -> None:
     made = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 17, 24, generator=made)

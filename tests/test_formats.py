@@ -155,6 +155,9 @@ def test_all_forms_together(tmp_path: Path) -> None:
         ("metadata.jsonl", "{no json}\n", "can't be read"),
         ("metadata.parquet", "no parquet", "can't be read"),
         ("metadata.jsonl", '{"file_name": "00.png", "text": ["a", "b"]}\n', "holds list, not text"),
+        ("metadata.jsonl", "[1, 2]\n", r"'\[1, 2\]' is no object"),
+        ("metadata.jsonl", "3\n", "'3' is no object"),
+        ("metadata.csv", "file_name,text\n00.png,red, round\n", "line 2 has more fields .* into quotes"),
         ("metadata.csv", "file_name,text\n", "names no picture of split 'train'"),
     ],
 )
@@ -172,6 +175,9 @@ def test_pictures_that_metadata_does_not_name_are_mentioned(tmp_path: Path) -> N
     )
     source = open_source(DataConfig(path=str(tmp_path), size=16))
     assert source.texts == ["three"] and "11 pictures are not named" in source.describe()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "train/03.png", "text": "once more"}\n')
+    source = open_source(DataConfig(path=str(tmp_path), size=16))
+    assert "1 rows of metadata.csv, metadata.jsonl name a picture that another row names" in source.describe()
 
 
 def test_a_cut_tar_is_one_sentence(tmp_path: Path) -> None:
@@ -187,6 +193,8 @@ def test_a_hub_set_that_can_not_be_reached_is_one_sentence(monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="Split 'train' of no-one/nothing can't be read"):
         open_source(DataConfig(path="hub:no-one/nothing"))
+    with pytest.raises(UserError, match="names no data set"):
+        open_source(DataConfig(path="hub:"))
     with pytest.raises(UserError, match="newest revision of hub:no-one/nothing is not known"):
         open_source(DataConfig(path="hub:no-one/nothing", streaming=True))
 

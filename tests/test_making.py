@@ -344,6 +344,8 @@ def test_the_command_line_has_files_in_and_out(
         ),
         (["recover", str(runs / "restore"), "--out", str(tmp_path)], "must name a file .json"),
         (["recover", str(runs / "restore"), "--seed", "-1", "--out", str(tmp_path / "x.json")], "seed is -1"),
+        (["upscale", str(chain / "ldm"), files[0], "--out", str(tmp_path / "x")], "not to upscale them"),
+        (["segment", str(chain / "ldm"), files[0], "--out", str(tmp_path / "x")], "not to segment them"),
         (
             [*holes, "--project", "--guidance", "3", "--out", str(tmp_path / "x")],
             "--project and --guidance is",

@@ -131,14 +131,13 @@ def plant(folder: Path) -> dict[str, str]:
 
 def test_bad_files_are_skipped_counted_and_named(tmp_path: Path) -> None:
     planted = plant(tmp_path / "data")
-    for i in range(3):
-        (tmp_path / "data" / f"good-{i}.png").write_bytes(PNG)
+    names = ["good-0.png", "good-1.png", os.fsdecode(b"good-\xff.png")]  # the last is no UTF-8
+    for name in names:
+        (tmp_path / "data" / name).write_bytes(PNG)
     source = open_source(DataConfig(path=str(tmp_path / "data"), size=8, bad_share=0.95))
     run = a_run(tmp_path / "run")
     sound = inspected(source, run)
-    assert [Path(sound.pictures[i].name).name for i in range(len(sound))] == [
-        f"good-{i}.png" for i in range(3)
-    ]
+    assert [Path(sound.pictures[i].name).name for i in range(len(sound))] == names
     lines = (tmp_path / "run" / "bad_pictures.jsonl").read_text().splitlines()
     named = {Path(line["picture"]).name: line["reason"] for line in map(json.loads, lines)}
     assert named.keys() == planted.keys()

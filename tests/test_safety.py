@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from ldm.config import UserError
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
-from pipelines.publishing.publish import Publication, verdict
+from pipelines.publishing.publication import Publication
+from pipelines.publishing.publish import verdict
 from pipelines.safety import ClipSafetyChecker, Verdict, provenance, withheld
 
 COLOURS = ("red", "green", "blue", "white", "black", "yellow")

@@ -67,7 +67,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     due = train_vae.Run.due
 
     def stop_at_3(run, every: int) -> bool:
-        if run.step == 3 and every == run.config.save_every and not run._signals.received:
+        if run.step == 3 and every == run.config.save_every and not run.signals.received:
             signal.raise_signal(signal.SIGTERM)
         return due(run, every)
 

@@ -116,9 +116,11 @@ def note(options: argparse.Namespace, **more: Any) -> dict[str, object]:
 
 
 def run_upscale(options: argparse.Namespace) -> None:
-    from pipelines.tasks import upscale
+    from ldm.tasks import Upscale
+    from pipelines.tasks import require_task, upscale
 
     model, checker = opened(options)
+    require_task(model, Upscale)
     more, words = {"noise": options.noise, "tile": options.tile}, told_one(options, model)
     grows = getattr(model.task, "factor", 1)
     for picture, stem in each(options):
@@ -148,9 +150,11 @@ def run_restore(options: argparse.Namespace) -> None:
 
 
 def run_segment(options: argparse.Namespace) -> None:
-    from pipelines.tasks import segment
+    from ldm.tasks import Segment
+    from pipelines.tasks import require_task, segment
 
     model, _ = opened(options)
+    require_task(model, Segment)
     words = told_one(options, model)
     for picture, stem in each(options):
         found = segment(model, picture, **words, **settings(options))

@@ -69,19 +69,23 @@ def mirrored(source: Source) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Copies:
-    """How many drawn pictures are copies of training pictures, at 32 x 32 pixels (`Near.copied`)."""
+    """Which drawn pictures are copies of training pictures, at 32 x 32 pixels (`Near.copied`)."""
 
-    count: int
+    which: tuple[int, ...]
+    """Numbers of the drawn pictures that are"""
     total: int
+    """Drawn pictures"""
     compared: int
+    """Training pictures"""
     nearest: tuple[int, ...]
+    """The nearest training picture of each drawn one"""
 
 
 def find_copies(images: Sequence[Image.Image], source: Source) -> Copies:
     """Compare drawn pictures with all training pictures and their mirror images."""
     near = nearest(thumbnails(images), mirrored(source))
     return Copies(
-        count=int(near.copied.sum()),
+        which=tuple(near.copied.nonzero().flatten().tolist()),
         total=len(images),
         compared=len(source),
         nearest=tuple(near.indices[:, 0].tolist()),

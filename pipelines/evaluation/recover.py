@@ -13,6 +13,7 @@ from torch import Tensor
 
 from autoencoder.files import write_text
 from autoencoder.metrics import likeness, psnr
+from autoencoder.store import weight_hash
 from ldm.checks import require_int
 from ldm.conditioning import Unconditional
 from ldm.config import UserError
@@ -117,8 +118,10 @@ def recover(trial: Trial, out: Path) -> dict[str, Any]:
         figures, shown = compared(examples, drawn.mean(0), model), drawn.mean(0)
     about = {name: value for name, value in vars(trial).items() if value is not None and name != "model"}
     about |= {"data": config.where, "n": len(drawn[0]), "size": config.size}
-    write_text(out, json.dumps({"task": task.kind, **figures, "trial": about}, indent=1) + "\n")
-    note = provenance(made_by="ldm recover", model=Path(trial.model).name)
+    tried = {"name": Path(trial.model).name, "unet_sha256": weight_hash(model.unet.state_dict())}
+    said = {"task": task.kind, **figures, "trial": about, "model": tried}
+    write_text(out, json.dumps(said, indent=1) + "\n")
+    note = provenance(made_by="ldm recover", model=tried["name"])
     examples.sheet(shown, SHOWN).save(sheet, pnginfo=note)
     return figures
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from autoencoder.metrics import SMALLEST_FOR_SSIM, psnr, ssim
-from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cached_file
+from autoencoder.perceptual import SMALLEST, Perceptual, PerceptualConfig, cached_file, fetching
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from ldm.scenes_check import satisfied
@@ -87,7 +87,8 @@ def perceptual(config: PerceptualConfig, side: int, device: torch.device) -> tup
             raise UserError(f"--lpips-weights is {config.weights}, but there is no such file.") from None
         return (
             None,
-            f"LPIPS needs {cached_file(config.network)}; put it there, or name a safetensors file with --lpips-weights",
+            f"LPIPS needs {cached_file(config.network)}, which {fetching(config.network)} fetches where there is "
+            "internet; or name a safetensors file with --lpips-weights",
         )
 
 

@@ -8,11 +8,12 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.config import UserError
-from pipelines.evaluation.memorisation import Copies
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.publishing.samples import Given, Request
 
@@ -38,53 +38,82 @@ def require_diffusers() -> None:
         )
 
 
-def drawn_by_stock(
-    folder: Path, kind: str, request: Request, scratch: Path, variant: str | None = None
-) -> tuple[list[Image.Image], str]:
-    """Pictures that stock diffusers draws with `folder`, in a process without our packages, the token or the network.
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """The files of a model as they will be published."""
 
-    Returns:
-        The pictures, and the version of diffusers.
+    folder: Path
+    pipeline: str
+    """The class in model_index.json"""
+    half: bool
+    """Whether there are float16 weights too"""
+
+
+class Drawn(NamedTuple):
+    """What stock diffusers has drawn."""
+
+    images: list[Image.Image]
+    halved: list[Image.Image] | None
+    """The same with float16 weights, if there are such"""
+    version: str
+    """That of diffusers"""
+
+
+def drawn_by_stock(built: Built, request: Request) -> Drawn:
+    """Pictures of what was built, drawn in a process without our packages, the token or the network.
 
     Raises:
         UserError: it could not; says why.
     """
-    out = scratch / f"stock-{variant or 'full'}"
-    out.mkdir()
-    words = {"prompt": request.prompts, "class_labels": request.classes}
-    asked: dict[str, Any] = {
-        "folder": str(folder.resolve()),
-        "kind": kind,
-        "variant": variant,
-        "words": {name: said for name, said in words.items() if said},
-        "given": [handed(one, out / f"given-{i}") for i, one in enumerate(request.given)],
-        "seeds": [request.seed + i for i in range(request.count)],
-    }
-    asked |= {"steps": request.steps, "guidance": request.guidance, "out": str(out)}
-    (out / "request.json").write_text(json.dumps(asked | {"threads": torch.get_num_threads()}))
     unsaid = ("TOKEN", "SECRET", "PASSWORD", "KEY")
     environment = {k: v for k, v in os.environ.items() if not any(word in k.upper() for word in unsaid)}
     environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPATH", None)
-    try:
-        child = subprocess.run(
-            [sys.executable, "-s", str(DRAW), str(out / "request.json")],
-            cwd=out,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"Stock diffusers did not draw {request.count} pictures within {SECONDS:,} seconds, so nothing was "
-            "published; draw fewer, with --prompt, or on a faster machine."
-        ) from None
-    if child.returncode:
-        lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
-        raise UserError(f"Stock diffusers can't draw with this model, so it was not published: {lines[-1]}")
-    images = [Image.open(out / f"{i}.png").convert("RGB") for i in range(request.count)]
-    return images, (out / "version").read_text()
+    with tempfile.TemporaryDirectory(prefix="ldm-stock-") as scratch:
+        out = Path(scratch)
+        (out / "request.json").write_text(json.dumps(asked(built, request, out)))
+        command = [sys.executable, "-s", str(DRAW), str(out / "request.json")]
+        try:
+            child = subprocess.run(
+                command, cwd=out, env=environment, capture_output=True, text=True, timeout=SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"Stock diffusers did not draw {request.count} pictures within {SECONDS:,} seconds, so nothing was "
+                "published; draw fewer, with --prompt, or on a faster machine."
+            ) from None
+        if child.returncode:
+            lines = child.stderr.strip().splitlines() or [f"exit code {child.returncode}"]
+            raise UserError(
+                f"Stock diffusers can't draw with this model, so nothing was published: {lines[-1]}"
+            )
+        drawn = {
+            name: [Image.open(out / name / f"{i}.png").convert("RGB") for i in range(request.count)]
+            for name in variants(built)
+        }
+        return Drawn(drawn["full"], drawn.get("fp16"), (out / "version").read_text())
+
+
+def variants(built: Built) -> dict[str, str | None]:
+    """Which weights there are, by the name of a folder for what is drawn with them."""
+    return {"full": None} | ({"fp16": "fp16"} if built.half else {})
+
+
+def asked(built: Built, request: Request, out: Path) -> dict[str, Any]:
+    """What the process is told."""
+    words = {"prompt": request.prompts, "class_labels": request.classes}
+    return {
+        "folder": str(built.folder.resolve()),
+        "kind": built.pipeline,
+        "variants": variants(built),
+        "words": {name: said for name, said in words.items() if said},
+        "given": [handed(one, out / f"given-{i}") for i, one in enumerate(request.given)],
+        "seeds": [request.seed + i for i in range(request.count)],
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "out": str(out),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def handed(given: Given, stem: Path) -> list[str]:
@@ -169,18 +198,36 @@ def scan_half(
     return HalfScan(largest=seen[where], where=where), images
 
 
+def require_half(scan: HalfScan) -> None:
+    """UserError if float16 can't hold a model."""
+    if not scan.safe:
+        raise UserError(
+            f"{scan.where} reaches {scan.largest:.3g}, more than float16 can hold (65504), so nothing was "
+            "published; give --no-half to publish float32 alone."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proof:
     """What was found before a model was published."""
 
     request: Request
     """What was drawn"""
+    scan: HalfScan
     difference: int
     """Largest, of 255, between our pictures and those of stock diffusers"""
+    halved: int | None
+    """The same with float16 weights, which are computed with in float32; None if there are none"""
     diffusers: str
     """Its version"""
-    scan: HalfScan
-    half: bool
-    """Whether there are float16 weights"""
-    copies: Copies | None
-    """None: not looked for"""
+
+
+def prove(built: Built, request: Request, images: Sequence[Image.Image], scan: HalfScan) -> Proof:
+    """Have stock diffusers draw what we drew as `images`; UserError if it draws something else."""
+    theirs = drawn_by_stock(built, request)
+    difference = require_same(images, theirs.images)
+    print(f"     largest difference from the trainer's pictures: {difference} of 255")
+    halved = furthest(images, theirs.halved) if theirs.halved else None
+    if halved is not None:
+        print(f"     with float16 weights: {halved} of 255")
+    return Proof(request=request, scan=scan, difference=difference, halved=halved, diffusers=theirs.version)

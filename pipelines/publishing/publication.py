@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from autoencoder.kl import AutoencoderKL
+from autoencoder.store import weight_hash
+from ldm.conditioning import Words, labels_of, text_of
 from ldm.config import UserError
-from ldm.data import DataConfig, ScenesConfig, Source, open_source
+from ldm.data import ScenesConfig, Source, open_source
 from ldm.inspection import sound
 from pipelines.credentials import Credentials
+from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.publishing.licenses import require_license
 from pipelines.publishing.release import SHARD
+from pipelines.stages.showing import ShowConfig
+from pipelines.stages.stage_one import data_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ class Publication:
     about: str = ""
     """What the training pictures are, where they are from, on which terms they were used"""
     data: str | None = None
-    """The training pictures, to look for copies of them"""
+    """The training pictures, to look for copies of them; by default where the run had them, if they are there"""
     accept_copies: bool = False
     """Publish although drawn pictures are copies of training pictures; the card says so"""
     checker: str | None = None
@@ -79,34 +85,108 @@ class Publication:
 
 
 class FinishedRun:
-    """What a run folder says about itself."""
+    """What a run folder says about itself, settings that it is too old to have as their defaults.
+
+    Raises:
+        UserError: it is no finished run.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
-            self.recipe: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            self.recipe, self.result = said_by(folder)
             self.steps, self.seconds = int(self.result["step"]), float(self.result["seconds"])
-            self.recipe["data"]["path"], self.recipe["ema_decay"]
-            stage1 = Path(self.recipe["autoencoder"]).expanduser()
-        except (OSError, ValueError, KeyError, TypeError) as problem:
+            self.batch, self.ema = int(self.recipe["run"]["batch_size"]), float(self.recipe["ema_decay"])
+            self.shown = ShowConfig(**self.recipe.get("show", {}))
+            self.text: dict[str, Any] = self.recipe["conditioning"]["text"]
+            self.autoencoder = str(self.recipe["autoencoder"])
+            self.recipe["data"]["path"]
+            data = data_of(str(folder))
+            assert data is not None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as problem:
             raise UserError(
-                f"{folder} is no finished run of train_ldm.py ({problem}); give the folder of one, with config.yaml, "
-                "result.json and model."
+                f"{folder} is no finished run of train_ldm.py ({problem!r:.200}); give the folder of one, with "
+                "config.yaml, result.json and model."
             ) from None
-        self.folder, self.model = folder, folder / "model"
-        there = (stage1 / "config.yaml").is_file() and (stage1 / "result.json").is_file()
-        self.stage1 = stage1 if there else None
+        self.folder, self.model, self.data = folder, folder / "model", data
 
-    def trained(self) -> str:
-        """How long, in words."""
-        batch = self.recipe["run"]["batch_size"]
-        return (
-            f"{self.steps:,} optimizer steps of {batch} samples in {self.seconds / 60:.1f} minutes "
-            "(wall clock, all restarts included)."
+    def source(self, path: str | None) -> Source | None:
+        """The training pictures, found at `path`; without, where the run had them, None if they aren't there now.
+
+        Raises:
+            UserError: those at `path` are others than the run was trained on.
+        """
+        there = all(one == "scenes" or Path(one).expanduser().exists() for one in self.data.paths)
+        if path is None and not there:
+            return None
+        where = self.data.path if path is None else path
+        scenes = self.data.scenes if where == "scenes" else ScenesConfig()
+        source = sound(open_source(replace(self.data, path=where, scenes=scenes)))
+        if self.trained_on(source):
+            return source
+        if path is None:
+            print(f"     {self.data.where} holds other pictures now than the run was trained on")
+            return None
+        raise UserError(
+            f"{path} holds other pictures, captions or classes than {self.folder} was trained on; "
+            "give --data with the very same, or leave it out."
         )
 
-    def source(self, path: str) -> Source:
-        """The training pictures, found at `path`."""
-        said = self.recipe["data"]
-        scenes = ScenesConfig(**said["scenes"]) if path == "scenes" else ScenesConfig()
-        return sound(open_source(DataConfig(**{**said, "path": path, "scenes": scenes})))
+    def trained_on(self, source: Source) -> bool:
+        """Whether these are the pictures, captions and classes that the run began with, as far as it tells."""
+        contract = self.folder / "contract.json"
+        if not contract.is_file() or self.recipe.get("task") == "segment":  # whose contract is about masks
+            return True
+        return bool(json.loads(contract.read_text())["set of pictures"] == source.fingerprint)
+
+
+def said_by(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Recipe and result of a run of either stage."""
+    recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return recipe, json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model that is to be published, and all that is known of it."""
+
+    what: Publication
+    run: FinishedRun
+    model: LatentDiffusion
+    source: Source | None
+    """The training pictures, if they are at hand"""
+    stage1: Path | None
+    """The run that trained the autoencoder, if it is still there"""
+
+    @classmethod
+    def of(cls, what: Publication) -> Candidate:
+        """UserError if there is no finished run, or its pictures are not where the person says."""
+        run = FinishedRun(what.model)
+        model = LatentDiffusion.from_pretrained(run.model)
+        return cls(
+            what=what,
+            run=run,
+            model=model,
+            source=run.source(what.data),
+            stage1=trained_by(Path(run.autoencoder).expanduser(), model.autoencoder),
+        )
+
+    @property
+    def words(self) -> Words:
+        """What the model is told."""
+        text, labels = text_of(self.model.conditioner), labels_of(self.model.conditioner)
+        if text and labels:
+            return "class+text"
+        return "text" if text else "class" if labels else "none"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Their names, if it is told some."""
+        labels = labels_of(self.model.conditioner)
+        return tuple(labels.classes) if labels else ()
+
+
+def trained_by(folder: Path, autoencoder: AutoencoderKL) -> Path | None:
+    """`folder` if it is a finished run whose model is this very autoencoder."""
+    if not all((folder / name).is_file() for name in ("config.yaml", "result.json", "model/config.json")):
+        return None
+    return folder if weight_hash(folder / "model") == weight_hash(autoencoder.state_dict()) else None

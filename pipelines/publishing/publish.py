@@ -8,36 +8,26 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
 from PIL import Image
 from torch import nn
 
 from autoencoder.files import written_beside
 from autoencoder.store import weight_hash
-from ldm.conditioning import Words, labels_of, text_of
+from ldm.conditioning import text_of
 from ldm.config import UserError
-from ldm.data import Source
-from ldm.tasks import Segment, Task
+from ldm.tasks import Segment
 from pipelines.diffusers_format import OURS
 from pipelines.evaluation.memorisation import Copies, find_copies
 from pipelines.latent_diffusion import LatentDiffusion
 from pipelines.publishing.card import Facts, model_card
-from pipelines.publishing.card_figures import evaluated, reconstructed
-from pipelines.publishing.gate import (
-    Proof,
-    drawn_by_stock,
-    furthest,
-    require_diffusers,
-    require_same,
-    scan_half,
-)
+from pipelines.publishing.card_figures import figures_of
+from pipelines.publishing.gate import Built, prove, require_diffusers, require_half, scan_half
 from pipelines.publishing.licenses import license_text
-from pipelines.publishing.publication import FinishedRun, Publication
+from pipelines.publishing.publication import Candidate, Publication
 from pipelines.publishing.release import ALLOWED, listed, search_secrets, write_release
 from pipelines.publishing.samples import Request, request_for, save_samples
 from pipelines.publishing.upload import MANIFEST, HubSession, token_of_person, upload
@@ -56,56 +46,37 @@ def publish(what: Publication) -> str:
     """
     token = "" if what.dry_run else token_of_person()
     terms, checker = checked(what)
-    run = FinishedRun(what.model)
-    model = LatentDiffusion.from_pretrained(run.model)
-    source = run.source(what.data) if what.data else None
-    request = request_for(what, run, model, source)
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ldm-publish-")))
-        release = scratch / "release"
+    candidate = Candidate.of(what)
+    metrics = figures_of(candidate)
+    request = request_for(candidate)
+    with tempfile.TemporaryDirectory(prefix="ldm-publish-") as scratch:
         print("1/5  building: the averaged (EMA) weights, anew, and nothing else of the run", flush=True)
-        scan, images = scan_half(model, partial(request.drawn_by, progress=True))
+        built = build(candidate, Path(scratch))
+        scan, images = scan_half(candidate.model, partial(request.drawn_by, progress=True))
         if what.out:
             save_sheet(images, request, Path(f"{what.out}-samples.png"))
-        if what.half and not scan.safe:
-            raise UserError(
-                f"{scan.where} reaches {scan.largest:.3g}, more than float16 can hold (65504), so nothing was "
-                "published; give --no-half to publish float32 alone."
-            )
-        pipeline = build(model, release, scratch / "stock", what)
-        print("2/5  drawing with stock diffusers in a process of its own", flush=True)
-        theirs, version = drawn_by_stock(release, pipeline, request, scratch)
-        difference = require_same(images, theirs)
-        print(f"     largest difference from the trainer's pictures: {difference} of 255")
         if what.half:
-            halved, _ = drawn_by_stock(release, pipeline, request, scratch, "fp16")
-            print(f"     with float16 weights: {furthest(images, halved)} of 255")
+            require_half(scan)
+        print("2/5  drawing with stock diffusers in a process of its own", flush=True)
+        proof = prove(built, request, images, scan)
         print("3/5  looking for copies of training pictures, and at the samples", flush=True)
-        proof = Proof(
-            request=request,
-            difference=difference,
-            diffusers=version,
-            scan=scan,
-            copies=no_copies(images, model.task, source, what),
-            half=what.half,
-        )
+        copies = no_copies(candidate, images)
         safety, no_samples = verdict([*images, *(one.picture for one in request.given)], what, checker)
-        samples = [] if no_samples else save_samples(images, request, release, what)
         facts = Facts(
-            name=what.name,
-            license=what.license,
-            license_name=what.license_name,
-            about=what.about,
-            pipeline=pipeline,
+            candidate=candidate,
+            pipeline=built.pipeline,
+            parts=parts_of(candidate.model),
+            autoencoder=weight_hash(candidate.model.autoencoder.state_dict()),
+            metrics=metrics,
             proof=proof,
-            samples=samples,
+            copies=copies,
+            samples=[] if no_samples else save_samples(images, request, built.folder, what),
             no_samples=no_samples,
             safety=safety,
-            **facts_of(run, model, source),
         )
-        (release / "README.md").write_text(model_card(facts), encoding="utf-8")
-        (release / "LICENSE").write_text(terms, encoding="utf-8")
-        return send(what, release, token)
+        (built.folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+        (built.folder / "LICENSE").write_text(terms, encoding="utf-8")
+        return send(what, built.folder, token)
 
 
 def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
@@ -125,38 +96,20 @@ def checked(what: Publication) -> tuple[str, SafetyChecker | None]:
     return license_text(what.license, what.license_file, what.name.split("/")[0]), checker
 
 
-def facts_of(run: FinishedRun, model: LatentDiffusion, source: Source | None) -> dict[str, Any]:
-    """What the card says of the run, its model and its data."""
-    identity = weight_hash(model.autoencoder.state_dict())
-    first = yaml.safe_load((run.stage1 / "config.yaml").read_text(encoding="utf-8")) if run.stage1 else None
-    return {
-        "words": words_of(model),
-        "task": model.task,
-        "recipe": run.recipe,
-        "data_facts": [f"{len(source):,} pictures: {source.kind}"] if source else [],
-        "first_recipe": first,
-        "trained": run.trained(),
-        "parts": parts_of(model),
-        "classes": labels.classes if (labels := labels_of(model.conditioner)) else (),
-        "autoencoder": identity,
-        "metrics": reconstructed(run.stage1, identity)
-        + evaluated(run.folder, weight_hash(model.unet.state_dict())),
-    }
-
-
-def build(model: LatentDiffusion, release: Path, stock: Path, what: Publication) -> str:
-    """Write the release, without its card; the class that stock tools open it with."""
-    model.save_pretrained(stock)
-    kind = json.loads((stock / "model_index.json").read_text())["_class_name"]
-    left = write_release(stock, release, half=what.half, shard=what.shard)
+def build(candidate: Candidate, scratch: Path) -> Built:
+    """Write all that is published but the card, the licence and the samples to a folder in `scratch`."""
+    stock, release, half = scratch / "stock", scratch / "release", candidate.what.half
+    candidate.model.save_pretrained(stock)
+    pipeline = json.loads((stock / "model_index.json").read_text())["_class_name"]
+    left = write_release(stock, release, half=half, shard=candidate.what.shard)
     if left:
         print(f"     left out, as no reader needs them: {', '.join(left)}")
-    if kind == OURS:
+    if pipeline == OURS:
         shutil.copyfile(SHIPPED, release / "pipeline.py")
-    return str(kind)
+    return Built(folder=release, pipeline=pipeline, half=half)
 
 
-def save_sheet(images: list[Image.Image], request: Request, file: Path) -> None:
+def save_sheet(images: Sequence[Image.Image], request: Request, file: Path) -> None:
     """The samples, to look at, below each what it was made of or told."""
     if request.given:
         sheet = side_by_side([one.picture for one in request.given], images, labels=("given", "made"))
@@ -198,37 +151,35 @@ def require_release(out: Path) -> None:
             raise UserError(f"{out} holds something else than a release; give an empty folder with --out.")
 
 
-def words_of(model: LatentDiffusion) -> Words:
-    """What the model is told."""
-    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
-    if text and labels:
-        return "class+text"
-    return "text" if text else "class" if labels else "none"
-
-
-def no_copies(
-    images: list[Image.Image], task: Task | None, source: Source | None, what: Publication
-) -> Copies | None:
-    """What was found; UserError if there are copies that the person has not accepted."""
-    if isinstance(task, Segment):
+def no_copies(candidate: Candidate, images: Sequence[Image.Image]) -> Copies | None:
+    """What was found, None if nobody looked; UserError if there are copies that the person has not accepted."""
+    what, source = candidate.what, candidate.source
+    if isinstance(candidate.model.task, Segment):
         return None  # masks are no pictures
     if source is None:
-        print("     copies were not looked for; give --data with the training pictures, or the card says so")
+        print(
+            f"     copies were not looked for: {candidate.run.data.where} is not at hand; give --data with the "
+            "training pictures, or the card says so"
+        )
         return None
     copies = find_copies(images, source)
-    if copies.count and not what.accept_copies:
+    print(f"     {len(copies.which)} of {copies.total} are copies of one of {copies.compared:,}")
+    if copies.which and not what.accept_copies:
         sheet = Path(f"{what.name.split('/')[1]}-copies.png")
-        real = [source.picture(i, images[0].width) for i in copies.nearest]
-        side_by_side(images, real).save(sheet, pnginfo=provenance())
+        drawn = [images[i] for i in copies.which]
+        real = [source.picture(copies.nearest[i], images[0].width) for i in copies.which]
+        side_by_side(drawn, real, labels=("drawn", "trained on")).save(sheet, pnginfo=provenance())
         raise UserError(
-            f"{copies.count} of {copies.total} drawn pictures are copies of training pictures (see {sheet}: below each "
-            "its nearest one), so nothing was published; train on more pictures or for fewer steps, or give "
-            "--accept-copies, which the card records."
+            f"{len(copies.which)} of {copies.total} drawn pictures are copies of training pictures (see {sheet}), so "
+            "nothing was published; train on more pictures or for fewer steps, or give --accept-copies, which the card "
+            "records."
         )
     return copies
 
 
-def verdict(images: list[Image.Image], what: Publication, checker: SafetyChecker | None) -> tuple[str, str]:
+def verdict(
+    images: Sequence[Image.Image], what: Publication, checker: SafetyChecker | None
+) -> tuple[str, str]:
     """What the card says about safety, and why it shows no samples, or ""."""
     if checker:
         flagged = [i for i, found in enumerate(checker(images)) if found.flagged]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,21 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from ldm import random
-from ldm.conditioning import labels_of, text_of
 from ldm.config import UserError
-from ldm.data import DataConfig, ScenesConfig, Source, open_source
+from ldm.data import DataConfig, open_source
 from ldm.degradations import smaller
 from ldm.pictures import to_images, to_tensor
 from ldm.tasks import Inpaint, Restore, Task, Upscale, random_hole
 from pipelines.examples import Examples
 from pipelines.inputs import read_picture
 from pipelines.latent_diffusion import LatentDiffusion
-from pipelines.publishing.publication import FinishedRun, Publication
+from pipelines.publishing.publication import Candidate, Publication
 from pipelines.safety import provenance
 from pipelines.stages.showing import ShowConfig, prompts_to_show
 
 COUNT = 4
 """Pictures, if nobody says how many"""
+MANY = 8
+"""Captions or classes, if nobody says which"""
 MOST = 100
 """Pictures: their names have two digits"""
 
@@ -92,14 +93,12 @@ class Sample(NamedTuple):
     """Files of what a task was given"""
 
 
-def request_for(
-    what: Publication, run: FinishedRun, model: LatentDiffusion, source: Source | None
-) -> Request:
+def request_for(candidate: Candidate) -> Request:
     """What is drawn for the gate and the card; UserError if nobody says which captions."""
-    given, captions = given_for(what, run, model)
-    prompts, classes = words_for(what, run, model, source, captions)
+    given, captions = given_for(candidate)
+    prompts, classes = words_for(candidate, captions)
     if given and prompts:
-        if what.prompts and len(prompts) not in (1, len(given)):
+        if candidate.what.prompts and len(prompts) not in (1, len(given)):
             raise UserError(
                 f"There are {len(prompts)} prompts for {len(given)} pictures; give one, or one a picture."
             )
@@ -107,29 +106,27 @@ def request_for(
     count = len(given) or len(prompts or ()) or COUNT
     if count > MOST:
         raise UserError(f"There would be {count} samples; give at most {MOST}, with --prompt or --picture.")
-    guidance = float(run.recipe["show"]["guidance"])
+    guidance = candidate.run.shown.guidance
     return Request(prompts=prompts, classes=classes, given=given, count=count, guidance=guidance)
 
 
-def given_for(
-    what: Publication, run: FinishedRun, model: LatentDiffusion
-) -> tuple[tuple[Given, ...], list[str]]:
+def given_for(candidate: Candidate) -> tuple[tuple[Given, ...], list[str]]:
     """What a task is given of the person's pictures, or of drawn scenes, and the captions of the latter."""
-    if model.task is None:
+    what, task, data = candidate.what, candidate.model.task, candidate.run.data
+    if task is None:
         if what.pictures:
             raise UserError("--picture is given, but this model begins with none; leave it out.")
         return (), []
-    data = run.recipe["data"]
-    side, captions = data["size"], []
     if what.pictures:
-        pictures = [read_picture(file, (side, side)) for file in what.pictures]
+        pictures, captions = [read_picture(file, (data.size, data.size)) for file in what.pictures], []
     else:
-        drawn = open_source(DataConfig(size=side, scenes=ScenesConfig(**data["scenes"])), "test")
+        drawn = open_source(DataConfig(size=data.size, scenes=data.scenes), "test")
         indices = range(len(what.prompts) or COUNT)
-        pictures, captions = [drawn.picture(i, side) for i in indices], [drawn.texts[i] for i in indices]  # type: ignore[index]
-        print("     of drawn scenes; give --picture FILE for such as the model is for", flush=True)
+        pictures = [drawn.picture(i, data.size) for i in indices]
+        captions = [drawn.texts[i] for i in indices]  # type: ignore[index]
+        print("samples will be of drawn scenes; give --picture FILE for such as the model is for", flush=True)
     each = enumerate(pictures)
-    return tuple(given(model.task, picture, random.stream(0, "task", i)) for i, picture in each), captions
+    return tuple(given(task, picture, random.stream(0, "task", i)) for i, picture in each), captions
 
 
 def given(task: Task, picture: Image.Image, rng: np.random.Generator) -> Given:
@@ -141,47 +138,51 @@ def given(task: Task, picture: Image.Image, rng: np.random.Generator) -> Given:
     return Given(task.done(picture, rng) if isinstance(task, Restore) else picture)
 
 
-def words_for(
-    what: Publication,
-    run: FinishedRun,
-    model: LatentDiffusion,
-    source: Source | None,
-    captions: Sequence[str],
-) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+Names: TypeAlias = tuple[str, ...] | None
+
+
+def words_for(candidate: Candidate, captions: Sequence[str]) -> tuple[Names, Names]:
     """Prompts, and classes for a model of both: the person's, those of the pictures, those that training showed, or
-    the first of the data."""
-    text, labels = text_of(model.conditioner), labels_of(model.conditioner)
-    if what.classes and not (text and labels):
+    the first of the data; None for what the model is not told."""
+    what, shown, words = candidate.what, candidate.run.shown, candidate.words
+    if what.classes and words != "class+text":
         raise UserError(
             "--class is given, but this model is not told both captions and classes; leave it out."
         )
-    if not text and not labels:
+    if words == "none":
         if what.prompts:
             raise UserError("--prompt is given, but this model draws without; leave it out.")
         return None, None
-    shown = run.recipe["show"]
-    prompts = what.prompts or (text and tuple(captions)) or tuple(shown["prompts"])
-    classes = what.classes or (() if what.prompts else tuple(shown["classes"]))
-    if not prompts and labels and not text:
-        prompts = labels.classes[: 2 * COUNT]
-    if not prompts and (source is None or not source.texts):
-        raise UserError("Which captions to draw samples of is not said; give --prompt CAPTION, or --data.")
-    if not prompts and classes:
-        assert source and source.texts
-        count = 2 * COUNT if len(classes) == 1 else len(classes)
-        prompts = tuple(dict.fromkeys(source.texts))[:count]
-    if prompts:
-        told: dict[str, Any] = {"prompts": prompts, "classes": classes}
+    if words == "class":
+        prompts = what.prompts or tuple(shown.prompts) or candidate.classes[:MANY]
     else:
-        told = prompts_to_show(model, ShowConfig(count=2 * COUNT), source)  # type: ignore[arg-type]
-    prompts, classes = (tuple(told.get(name, ())) for name in ("prompts", "classes"))
-    if text and labels and not classes:
+        prompts = what.prompts or tuple(captions) or tuple(shown.prompts)
+    classes = what.classes or (() if what.prompts else tuple(shown.classes))
+    if not prompts:
+        prompts, classes = words_of_data(candidate, classes)
+    if words == "class+text" and not classes:
         raise UserError(
             "Of which classes the samples are is not said; give --class NAME, one or one a prompt."
         )
     classes = classes * len(prompts) if len(classes) == 1 else classes
-    model.read(prompts, 1, classes or None)
+    candidate.model.read(prompts, 1, classes or None)
     return prompts, classes or None
+
+
+def words_of_data(candidate: Candidate, classes: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The first different captions of the training pictures, as many as classes if these are said, else with theirs."""
+    source = candidate.source
+    if source is None or not source.texts:
+        raise UserError("Which captions to draw samples of is not said; give --prompt CAPTION, or --data.")
+    print(
+        "samples will be of the first captions of the training pictures; give --prompt CAPTION for others",
+        flush=True,
+    )
+    if classes:
+        count = MANY if len(classes) == 1 else len(classes)
+        return tuple(dict.fromkeys(source.texts))[:count], classes
+    told = prompts_to_show(candidate.model, ShowConfig(count=MANY), source)
+    return tuple(told["prompts"]), tuple(told.get("classes", ()))
 
 
 def save_samples(

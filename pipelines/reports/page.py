@@ -48,7 +48,7 @@ td:first-child { min-width: 8rem; }
 th:first-child, td:first-child { padding-left: 0; }
 figure { margin: 1rem 0; } img { max-width: 100%; height: auto; display: block; border-radius: .3rem; }
 figcaption { font-size: .85rem; color: var(--soft); margin-top: .3rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 .plots figure { margin: 0; } .plots img, .plot img { background: #fff; padding: .4rem; border: 1px solid var(--line); }
 .plots img { width: 100%; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.2rem, 1fr)); gap: .6rem; }

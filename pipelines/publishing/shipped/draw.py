@@ -1,6 +1,6 @@
 """Draws with stock diffusers alone, as a stranger would: run by `pipelines.publishing.gate` as a process of its own.
 
-python draw.py REQUEST.json, which says folder, kind, variant, words, given pictures, seeds, steps, guidance, where to.
+python draw.py REQUEST.json, which says folder, kind, variants, words, given pictures, seeds, steps, guidance, where to.
 """
 
 import json
@@ -22,24 +22,30 @@ def main(request: dict[str, Any]) -> None:
     else:
         kind = getattr(diffusers, request["kind"])
     torch.set_num_threads(request["threads"])
-    model = kind.from_pretrained(
-        request["folder"], variant=request["variant"], torch_dtype=torch.float32, use_safetensors=True
-    )
-    model.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": request["steps"]} | (
-        {"guidance_scale": request["guidance"]} if request["words"] else {}
-    )
+    out = Path(request["out"])
+    for name, variant in request["variants"].items():
+        model = kind.from_pretrained(
+            request["folder"], variant=variant, torch_dtype=torch.float32, use_safetensors=True
+        )
+        model.set_progress_bar_config(disable=True)
+        (out / name).mkdir()
+        for i, image in enumerate(drawn(model, request)):
+            image.save(out / name / f"{i}.png")
+    (out / "version").write_text(diffusers.__version__)
+
+
+def drawn(model: Any, request: dict[str, Any]) -> list[Image.Image]:
+    """What is asked for."""
+    options = {"num_inference_steps": request["steps"]}
+    options |= {"guidance_scale": request["guidance"]} if request["words"] else {}
     generators = [torch.Generator().manual_seed(seed) for seed in request["seeds"]]
-    if request["given"]:
-        images = []
-        for i, given in enumerate(request["given"]):
-            words = {name: [said[i]] for name, said in request["words"].items()}
-            images.append(made(model, given, generator=generators[i : i + 1], **words, **options))
-    else:
-        images = model(**request["words"], generator=generators, **options).images
-    for i, image in enumerate(images):
-        image.save(Path(request["out"]) / f"{i}.png")
-    (Path(request["out"]) / "version").write_text(diffusers.__version__)
+    if not request["given"]:
+        return list(model(**request["words"], generator=generators, **options).images)
+    images = []
+    for i, given in enumerate(request["given"]):
+        words = {name: [said[i]] for name, said in request["words"].items()}
+        images.append(made(model, given, generator=generators[i : i + 1], **words, **options))
+    return images
 
 
 def made(model: Any, given: list[str], **options: Any) -> Image.Image:
