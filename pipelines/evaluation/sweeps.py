@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from pipelines.reports.run_plots import tidy
 Setting = Literal["guidance", "steps", "sampler"]
 SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
 """Figures that a plot shows, as far as they were measured"""
+
+LETTERS = 54
+"""Of a plot's heading that fit above a panel"""
 
 
 def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
@@ -76,7 +80,8 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.3), layout="constrained")
-    figure.suptitle(in_short(results[0], setting), fontsize=9, color="dimgray")
+    about = textwrap.fill(in_short(results[0], setting), LETTERS * columns)
+    figure.suptitle(about, fontsize=9, color="dimgray")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     at = [result["protocol"][setting] for result in results]
     for axes, name in zip(panels, names, strict=False):
@@ -97,6 +102,8 @@ def in_short(result: dict[str, Any], setting: Setting) -> str:
     """What all points of a plot have in common, in a line."""
     how = result["protocol"]
     kept = [f"{name} {how[name]}" for name in ("sampler", "steps", "guidance") if name != setting]
+    kept += [f"reuse {how['reuse']}"] if how.get("reuse", 1) > 1 else []
+    kept.append(how["precision"])
     real = f"{how['reference']['pictures']:,} real ones of split {how['reference']['split']}"
     about = f"{how['n']:,} pictures of {result['model']['name']} for each value, {', '.join(kept)}; against {real}"
     return f"{about}; shaded: 95 % interval"
