@@ -23,7 +23,7 @@ RESIZE = "Lanczos with antialiasing, cropped in the middle"
 def versions(device: torch.device) -> dict[str, str]:
     """Of the packages that figures depend on, our own with its commit, and the kind of device."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES if installed(name)}
-    if known := commit(Path(__file__).parents[1]):
+    if known := commit(Path(__file__).parents[2]):
         found[OURS] = f"{found.get(OURS, 'not installed')}, commit {known}"
     return found | {"device": device.type}
 
