@@ -83,7 +83,7 @@ def test_what_did_not_begin_as_random_numbers_is_said(chain: Path, tmp_path: Pat
     )
     candidate.run.text["weights"] = "random"
     candidate.run.recipe["start"] = "runs/other/ldm"
-    assert "of the U-Net and what reads its words, which were trained on from ldm" in beginnings(candidate)
+    assert "of the U-Net and of what it is told, which were trained on from ldm" in beginnings(candidate)
     assert "trained-from-scratch" not in header(candidate, ())
     del candidate.run.recipe["start"]
     shutil.copytree(chain / "vae", tmp_path / "vae")
