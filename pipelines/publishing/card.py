@@ -26,7 +26,7 @@ from pipelines.publishing.card_words import (
     training,
 )
 from pipelines.publishing.gate import Proof
-from pipelines.publishing.publication import Candidate, said_by
+from pipelines.publishing.publication import Candidate
 from pipelines.publishing.samples import Sample
 
 TAGS = {  # what it is told, or its task -> the hub's `pipeline_tag`, and a tag for more
@@ -47,7 +47,7 @@ UNSAID = (
 BODY = """
 # {{ title }}
 
-A latent diffusion model that {{ does }}. It was trained from zero: {{ beginnings }}.
+A latent diffusion model that {{ does }}. {{ beginnings }}
 
 | part | class | weights |
 |---|---|---|
@@ -102,6 +102,11 @@ With {{ tool }}, the tool that it was trained with:
 {{ our_snippet }}
 ```
 
+{% if task and task.kind == "inpaint" %}
+That also shifts the colours of what was drawn so that it meets what is known, unlike stock pipelines, with which the
+samples here agree.
+
+{% endif %}
 {{ half }}
 
 ## Training data
@@ -218,7 +223,7 @@ def model_card(facts: Facts) -> str:
             "source": candidate.source,
             "training": training(candidate),
             "recipe": published_recipe(run.recipe),
-            "first_recipe": published_recipe(said_by(candidate.stage1)[0]) if candidate.stage1 else "",
+            "first_recipe": published_recipe(candidate.stage1.recipe) if candidate.stage1 else "",
             "copies": about_copies(facts.copies, task),
             "limits": limits(candidate),
         }
@@ -235,6 +240,7 @@ def header(candidate: Candidate, metrics: Sequence[Metric]) -> str:
     """The YAML that the hub validates."""
     what, data, task = candidate.what, candidate.run.data, candidate.model.task
     tag, more = TAGS[task.kind if task else candidate.words]
+    scratch = None if candidate.run.recipe.get("start") else "trained-from-scratch"
     results = [
         EvalResult(
             task_type=tag,
@@ -253,7 +259,7 @@ def header(candidate: Candidate, metrics: Sequence[Metric]) -> str:
         license_link="LICENSE" if what.license_name else None,
         library_name="diffusers",
         pipeline_tag=tag,
-        tags=["latent-diffusion", "trained-from-scratch", *([more] if more else [])],
+        tags=["latent-diffusion", *(word for word in (scratch, more) if word)],
         datasets=[one.removeprefix("hub:") for one in data.paths if one.startswith("hub:")] or None,
         model_name=what.name.split("/")[1] if results else None,
         eval_results=results or None,

@@ -12,7 +12,8 @@ from typing import Any
 from autoencoder.store import weight_hash
 from ldm.config import UserError
 from pipelines.publishing.card_words import leaf
-from pipelines.publishing.publication import Candidate, said_by
+from pipelines.publishing.publication import Candidate, FinishedRun
+from pipelines.stages.vae_recipe import ShowConfig
 
 NAMES = {"psnr_db": "PSNR in dB", "ssim": "SSIM", "lpips": "LPIPS", "mean_iou": "mean IoU"}
 NAMES |= {"seam": "step over the edge, of 255 levels,"}
@@ -49,17 +50,15 @@ def figures_of(candidate: Candidate) -> list[Metric]:
     return found
 
 
-def reconstructed(stage1: Path) -> Iterator[Metric]:
+def reconstructed(stage1: FinishedRun) -> Iterator[Metric]:
     """What the run that trained the autoencoder measured of it."""
-    recipe, result = said_by(stage1)
-    show, data = recipe["show"], recipe["data"]
-    split = result.get("psnr_split") or show.get("split") or data["split"]
-    protocol = (
-        f"autoencoder alone; mean over {show['count']} pictures, {data['size']} pixels, posterior means"
-    )
+    data, result = stage1.data, stage1.result
+    split = result.get("psnr_split") or stage1.show.get("split") or data.split
+    count = stage1.show.get("count", ShowConfig().count)
+    protocol = f"autoencoder alone; mean over {count} pictures, {data.size} pixels, posterior means"
     for key in ("psnr_db", "ssim", "lpips"):
         if key in result:
-            yield metric(key, "of reconstructions", result[key], data["path"], split, protocol)
+            yield metric(key, "of reconstructions", result[key], data.where, split, protocol)
 
 
 def measured(file: Path, unet: str) -> list[Metric]:

@@ -13,7 +13,7 @@ from ldm.masks import palette
 from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
 from pipelines.evaluation.memorisation import Copies
 from pipelines.publishing.gate import Proof
-from pipelines.publishing.publication import Candidate, said_by
+from pipelines.publishing.publication import Candidate, FinishedRun
 
 UNPUBLISHED = ("out", "tracker")
 """Settings of a run that are nobody else's business"""
@@ -76,27 +76,23 @@ def beginnings(candidate: Candidate) -> str:
         others += [f"of the text encoder {listed([leaf(one) for one in taken])}, which was taken as it is"]
     if candidate.stage1 is None:
         others += [f"of the autoencoder {leaf(run.autoencoder)}, which was taken as it is"]
-    elif start := said_by(candidate.stage1)[0].get("start"):
+    elif start := candidate.stage1.recipe.get("start"):
         others += [f"of the autoencoder, which was trained on from {leaf(start)}"]
-    return "all weights began as random numbers" + (f", except those {listed(others)}" if others else "")
+    if others:
+        return f"Its weights began as random numbers, except those {listed(others)}."
+    return "It was trained from zero: all weights began as random numbers."
 
 
 def training(candidate: Candidate) -> list[str]:
     """How long each stage was trained, and what its weights are averages of."""
-    run = candidate.run
-    lines = [trained("U-Net", run.steps, run.batch, run.seconds, run.ema)]
-    if candidate.stage1:
-        recipe, result = said_by(candidate.stage1)
-        batch, ema = recipe["run"]["batch_size"], recipe["ema_decay"]
-        lines += [trained("Autoencoder", result["step"], batch, result["seconds"], ema)]
-    return lines
-
-
-def trained(part: str, steps: int, batch: int, seconds: float, ema: float) -> str:
-    return (
-        f"{part}: {steps:,} optimizer steps of {batch} samples in {seconds / 60:.1f} minutes (wall clock, all "
-        f"restarts included); the weights are averages over them (exponential moving average, decay {ema:g})."
+    stages: dict[str, FinishedRun] = {"U-Net": candidate.run} | (
+        {"Autoencoder": candidate.stage1} if candidate.stage1 else {}
     )
+    return [
+        f"{part}: {run.steps:,} optimizer steps of {run.batch} samples in {run.seconds / 60:.1f} minutes (wall clock, "
+        f"all restarts included); the weights are averages over them (exponential moving average, decay {run.ema:g})."
+        for part, run in stages.items()
+    ]
 
 
 def about_copies(copies: Copies | None, task: Task | None) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from autoencoder.kl import AutoencoderKL
 from autoencoder.store import weight_hash
 from ldm.conditioning import Words, labels_of, text_of
 from ldm.config import UserError
-from ldm.data import ScenesConfig, Source, open_source
+from ldm.data import DataConfig, ScenesConfig, Source, open_source
 from ldm.inspection import sound
 from pipelines.credentials import Credentials
 from pipelines.latent_diffusion import LatentDiffusion
@@ -85,64 +87,80 @@ class Publication:
 
 
 class FinishedRun:
-    """What a run folder says about itself, settings that it is too old to have as their defaults.
+    """What the run folder of either stage says about itself, settings that it is too old to have as their defaults.
 
     Raises:
         UserError: it is no finished run.
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            self.recipe, self.result = said_by(folder)
+        self.folder, self.model = folder, folder / "model"
+        with self.read():
+            self.recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+            self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             self.steps, self.seconds = int(self.result["step"]), float(self.result["seconds"])
             self.batch, self.ema = int(self.recipe["run"]["batch_size"]), float(self.recipe["ema_decay"])
-            self.shown = ShowConfig(**self.recipe.get("show", {}))
-            self.text: dict[str, Any] = self.recipe["conditioning"]["text"]
-            self.autoencoder = str(self.recipe["autoencoder"])
             self.recipe["data"]["path"]
             data = data_of(str(folder))
             assert data is not None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as problem:
+            self.data: DataConfig = data
+            self.show: dict[str, Any] = dict(self.recipe.get("show", {}))
+
+    @contextmanager
+    def read(self) -> Iterator[None]:
+        """While open, what a damaged folder leads to is a UserError."""
+        try:
+            yield
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as problem:
             raise UserError(
-                f"{folder} is no finished run of train_ldm.py ({problem!r:.200}); give the folder of one, with "
-                "config.yaml, result.json and model."
+                f"{self.folder} is no finished run of train_ldm.py, or of train_vae.py for its autoencoder "
+                f"({problem!r:.200}); give the folder of one, with config.yaml, result.json and model."
             ) from None
-        self.folder, self.model, self.data = folder, folder / "model", data
+
+
+class LatentRun(FinishedRun):
+    """Of stage 2."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with self.read():
+            self.shown = ShowConfig(**self.show)
+            self.text: dict[str, Any] = dict(self.recipe["conditioning"]["text"])
+            self.autoencoder = str(self.recipe["autoencoder"])
 
     def source(self, path: str | None) -> Source | None:
-        """The training pictures, found at `path`; without, where the run had them, None if they aren't there now.
+        """The training pictures, found at `path`; without, where the run had them, None if they can't be had now.
 
         Raises:
-            UserError: those at `path` are others than the run was trained on.
+            UserError: there are none at `path`, or others than the run was trained on.
         """
         there = all(one == "scenes" or Path(one).expanduser().exists() for one in self.data.paths)
         if path is None and not there:
             return None
         where = self.data.path if path is None else path
         scenes = self.data.scenes if where == "scenes" else ScenesConfig()
-        source = sound(open_source(replace(self.data, path=where, scenes=scenes)))
-        if self.trained_on(source):
-            return source
-        if path is None:
-            print(f"     {self.data.where} holds other pictures now than the run was trained on")
+        try:
+            source = sound(open_source(replace(self.data, path=where, scenes=scenes)))
+            self.require_trained_on(source)
+        except UserError as problem:
+            if path is not None:
+                raise
+            print(f"the training pictures are not looked at: {problem}", flush=True)
             return None
-        raise UserError(
-            f"{path} holds other pictures, captions or classes than {self.folder} was trained on; "
-            "give --data with the very same, or leave it out."
-        )
+        return source
 
-    def trained_on(self, source: Source) -> bool:
-        """Whether these are the pictures, captions and classes that the run began with, as far as it tells."""
+    def require_trained_on(self, source: Source) -> None:
+        """UserError unless these are the pictures, captions and classes that the run began with, as far as it tells."""
         contract = self.folder / "contract.json"
         if not contract.is_file() or self.recipe.get("task") == "segment":  # whose contract is about masks
-            return True
-        return bool(json.loads(contract.read_text())["set of pictures"] == source.fingerprint)
-
-
-def said_by(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Recipe and result of a run of either stage."""
-    recipe = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    return recipe, json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            return
+        with self.read():
+            begun_with = json.loads(contract.read_text(encoding="utf-8"))["set of pictures"]
+        if begun_with != source.fingerprint:
+            raise UserError(
+                f"{source.config.where} holds other pictures, captions or classes than {self.folder} was trained on; "
+                "give the very same with --data, or leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,17 +168,17 @@ class Candidate:
     """A model that is to be published, and all that is known of it."""
 
     what: Publication
-    run: FinishedRun
+    run: LatentRun
     model: LatentDiffusion
     source: Source | None
     """The training pictures, if they are at hand"""
-    stage1: Path | None
+    stage1: FinishedRun | None
     """The run that trained the autoencoder, if it is still there"""
 
     @classmethod
     def of(cls, what: Publication) -> Candidate:
         """UserError if there is no finished run, or its pictures are not where the person says."""
-        run = FinishedRun(what.model)
+        run = LatentRun(what.model)
         model = LatentDiffusion.from_pretrained(run.model)
         return cls(
             what=what,
@@ -185,8 +203,9 @@ class Candidate:
         return tuple(labels.classes) if labels else ()
 
 
-def trained_by(folder: Path, autoencoder: AutoencoderKL) -> Path | None:
+def trained_by(folder: Path, autoencoder: AutoencoderKL) -> FinishedRun | None:
     """`folder` if it is a finished run whose model is this very autoencoder."""
     if not all((folder / name).is_file() for name in ("config.yaml", "result.json", "model/config.json")):
         return None
-    return folder if weight_hash(folder / "model") == weight_hash(autoencoder.state_dict()) else None
+    same = weight_hash(folder / "model") == weight_hash(autoencoder.state_dict())
+    return FinishedRun(folder) if same else None
