@@ -143,6 +143,7 @@ def train(recipe: Recipe, run: Run) -> None:
 
     run.seed("unet")
     unet = run.place(new_unet(recipe.network, begun, autoencoder, latents, conditioner, task))
+    del begun  # its networks, but for what reads, are no longer needed
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
@@ -264,16 +265,16 @@ def levels(run: Run, batch: dict[str, Tensor], stratified: bool) -> Tensor:
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:
-    """What this run may not change under way."""
+    """What this run may not change under way; a text encoder that learns is its own, another is read at each start."""
     text, labels = text_of(conditioner), labels_of(conditioner)
     words = (text.vocabulary_hash() if text else "") + (repr(labels.classes) if labels else "")
-    return Contract(
-        {
-            "autoencoder": weight_hash(autoencoder.state_dict()),
-            "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
-            "set of pictures": source.fingerprint,
-        }
-    )
+    terms = {
+        "autoencoder": weight_hash(autoencoder.state_dict()),
+        "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
+        "set of pictures": source.fingerprint,
+    }
+    encoder = {} if learns(conditioner) else {"text encoder": weight_hash(conditioner.state_dict())}
+    return Contract(terms | (encoder if text else {}))
 
 
 def new_unet(
@@ -386,6 +387,7 @@ def look(
     trained: dict[str, Any],
 ) -> None:
     """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
+    model = replace(model)  # what is packed to draw goes with it: by the next look weights are others
     if run.due(recipe.show.every):
         ema.gather()
         show(run, model, recipe.show, shown)
