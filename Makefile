@@ -7,12 +7,15 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/ldm demo --out runs/scenes
 
+# Tests that fork, which workers with threads must not
+FORKING = tests/test_faults.py tests/test_resume.py tests/test_sharding.py
+
 test: .venv/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --ignore tests/test_faults.py --ignore tests/test_sharding.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/test_faults.py tests/test_sharding.py # these fork, which workers with threads must not
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical $(addprefix --ignore ,$(FORKING))
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(FORKING)
 
 lint: .venv/ready-test
 	$(BIN)/ruff check --fix .

@@ -40,13 +40,13 @@ from ldm.tasks import Inpaint, Pairs, Restore, Segment, Task, TaskName, Upscale,
 from ldm.training import Run, RunConfig
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
-from ldm.validation import HeldOut, ValidationConfig, hold_out
+from ldm.validation import ValidationConfig, hold_out
 from pipelines import LatentDiffusion
 from pipelines.schedulers import scheduler_config
-from pipelines.stages.showing import ShowConfig, Shown, show, things_to_show
+from pipelines.stages.looking import Look
+from pipelines.stages.showing import ShowConfig, things_to_show
 from pipelines.stages.stage_one import open_autoencoder
 from pipelines.stages.starting import require_noise, require_words, shape_of, starting_model, take_over
-from pipelines.stages.validating import validate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +153,13 @@ def train(recipe: Recipe, run: Run) -> None:
     optimizer = make_optimizer(recipe.optimizer, trained.values())
     network, told, optimizer = prepare(run, unet, conditioner, optimizer)
     denoiser = Denoiser(network, model.path, model.prediction, recipe.weight)
+    look = Look(recipe.show, recipe.validation, model, shown, held_out, denoiser, ema, trained)
     averages = {"ema": ema} | ({"profiles": profiles} if profiles else {})
     run.resume(model, publish=True, contract=contract, **trained, **averages, optimizer=optimizer)
     run.say(f"U-Net: {count(unet):,} weights, conditioner: {count(conditioner):,}; latents {latents.shape}")
 
     if run.fresh:  # what would fail at hour nine fails now
-        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
+        look(run)
         run.save()
 
     order = epochs(source, recipe.data, recipe.run.batch_size)
@@ -179,7 +180,7 @@ def train(recipe: Recipe, run: Run) -> None:
                     average.update(run.step, **trained)
         if profiles and run.due(recipe.ema_every) and run.main:
             profiles.save(run.out / "ema", run.step)
-        look(run, recipe, model, shown, held_out, denoiser, ema, trained)
+        look(run)
         if run.due(recipe.run.log_every):
             run.log()
         if run.due(recipe.run.save_every):
@@ -374,27 +375,6 @@ def conditioner_for(
 
 def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def look(
-    run: Run,
-    recipe: Recipe,
-    model: LatentDiffusion,
-    shown: Shown,
-    held_out: HeldOut | None,
-    denoiser: Denoiser,
-    ema: EMA,
-    trained: dict[str, Any],
-) -> None:
-    """Every so often, and before the first step: pictures to see, and figures of held-out pictures."""
-    model = replace(model)  # what is packed to draw goes with it: by the next look weights are others
-    if run.due(recipe.show.every):
-        ema.gather()
-        show(run, model, recipe.show, shown)
-    if held_out and run.due(recipe.validation.every):
-        ema.gather()
-        guidance = recipe.show.guidance
-        validate(run, recipe.validation, guidance, model, held_out, denoiser, trained)
 
 
 if __name__ == "__main__":

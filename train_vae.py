@@ -286,7 +286,8 @@ def look_back(run: Run, recipe: Recipe, autoencoder: Any, originals: Tensor, mad
     if not run.main:
         return
     sheet = side_by_side(to_images(originals[:32]), to_images(made[:32]), labels=["original", "made"])
-    sheet.save(run.out / "reconstructions.png")
+    with writing(run.out / "reconstructions.png"):
+        sheet.save(run.out / "reconstructions.png")
     if recipe.kind == "kl" and recipe.readiness.pictures:
         budget = Budget(pictures=recipe.readiness.pictures, probe_steps=recipe.readiness.probe_steps)
         try:

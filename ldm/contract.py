@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from autoencoder.files import write_text
 from ldm.config import UserError
 
 
@@ -32,7 +31,7 @@ class Contract:
             if file.exists():
                 self.load_state_dict(json.loads(file.read_text()))
         elif run.main:
-            write_text(run.out / "contract.json", json.dumps(self.terms, indent=1) + "\n")
+            run.write("contract.json", json.dumps(self.terms, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return self.terms

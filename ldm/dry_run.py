@@ -64,7 +64,8 @@ def rehearse(recipe: Any, train: Callable[[Any, Run], None]) -> None:
 
 def new_findings(recipe: Any) -> Findings:
     """Those of the run of a recipe, of which nothing is known yet."""
-    return Findings(steps=recipe.run.steps, batch=recipe.run.batch_size, keep=recipe.run.keep)
+    run = recipe.run
+    return Findings(steps=run.steps, batch=run.batch_size, keep=run.keep, save_every=run.save_every)
 
 
 def clear(scratch: Path, missing: Iterable[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ def explain(problem: BaseException) -> str | None:
         return "; ".join(
             [f"out of memory ({text[:200] or name})", *getattr(problem, "__notes__", [lower]), GO_ON]
         )
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"a disk is full ({text}); make room; {GO_ON}"
     if text.startswith("DataLoader worker") or text.startswith("DataLoader timed out"):
         return f"a process that prepares batches is gone ({text[:200]}); lower workers if memory was short; {GO_ON}"
     if isinstance(problem, RuntimeError) and re.search(r"^Dist|\bgloo\b|NCCL", f"{name} {text}"):

@@ -28,6 +28,8 @@ class Findings:
     """Samples an optimizer step"""
     keep: int
     """Checkpoints kept"""
+    save_every: int
+    """Steps between checkpoints"""
     done: int = 0
     parts: list[Part] = field(default_factory=list)
     bytes: dict[str, int] = field(
@@ -115,6 +117,8 @@ class Findings:
                 "Time",
                 f"  {self.batch / self.step_seconds:,.1f} images/s; {hours(self.seconds)} for the "
                 f"{self.steps - self.done} steps from here: {times}",
+                f"  {hours(self.save_every * self.step_seconds)} between checkpoints (run.save_every "
+                f"{self.save_every}): what a killed process loses at most",
                 f"All was tried once and worked; {home} is as it was.",
             ]
         )

@@ -171,7 +171,7 @@ def _with_metadata(folder: Path, metadata: list[Path], pictures: list[Path], spl
     left = {str(p) for p in pictures if base in p.parents} - set(named) - used
     notes: tuple[str, ...] = ()
     if left:
-        notes += (f"{len(left)} pictures are not named in the metadata and left out: {min(left)}",)
+        notes = (f"{len(left)} pictures are not named in the metadata and left out: {min(left)}",)
     if again := len(named) - len(set(named)):
         notes += (f"{again} rows of {_names(metadata)} name a picture that another row names too",)
     return Found(

@@ -19,6 +19,7 @@ from autoencoder.files import mend
 from ldm.checkpoint import writing
 from ldm.config import UserError, differences, filled, plain
 from ldm.contract import begun
+from ldm.sampling import processors
 from ldm.tasks import TASKS
 
 IMMATERIAL = (
@@ -162,7 +163,7 @@ def environment(device: torch.device) -> dict[str, str]:
     return {
         "device": str(device),
         "machine": machine,
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(processors()),
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -134,7 +134,12 @@ class RunLog:
 
         metrics = self.out / "metrics.jsonl"
         if self.main and metrics.exists():
-            write_text(metrics, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
+            self.write(metrics.name, "".join(filter(kept, metrics.read_text().splitlines(keepends=True))))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace the file NAME of the run folder by `text` in one step."""
+        with writing(self.out / name):
+            write_text(self.out / name, text)
 
     def append(self, name: str, **record: Any) -> None:
         """Add a line to the file NAME of the run folder, with the time; on the first process."""

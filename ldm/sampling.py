@@ -132,12 +132,17 @@ def slices(first: int, last: int, size: int) -> Iterator[range]:
         yield range(start, min(last, start + size))
 
 
+def processors() -> int:
+    """Cores that this process may use; all there are, where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores(pictures: int) -> int:
     """Workers that reading so many pictures is worth, while this process does nothing else; 0: none."""
     if pictures < 256:
         return 0
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(16, len(os.sched_getaffinity(0)) // sharing))
+    return max(1, min(16, processors() // sharing))
 
 
 def read(dataset: Any, batches: Iterable[Sequence[Any]], workers: int, timeout: float = 0) -> Iterator[Any]:

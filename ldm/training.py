@@ -30,7 +30,6 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from autoencoder.files import write_text
 from autoencoder.layers import enable_checkpointing
 from ldm import checkpoint, random, trackers
 from ldm.buckets import Buckets
@@ -185,7 +184,7 @@ class Run(RunLog):
             changed=self._changed,
         )
         if self.main:
-            write_text(self.out / "config.yaml", to_yaml(self.recipe))
+            self.write("config.yaml", to_yaml(self.recipe))
             for change in self._changed:
                 self.say(f"changed since the last start: {change}")
 
@@ -387,5 +386,5 @@ class Run(RunLog):
         """Write result.json, which marks the run as finished, and close the trackers."""
         if self.main:
             about = {"step": self.step, "seconds": round(self.seconds, 1)}
-            write_text(self.out / "result.json", json.dumps(about | result, indent=1) + "\n")
+            self.write("result.json", json.dumps(about | result, indent=1) + "\n")
         self.accelerator.end_training()

@@ -1,8 +1,12 @@
 """Captions, classes and nothing: one null, dropped per sample at run time."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+import train_ldm
 from ldm.conditioning import (
     ClassLabels,
     Cond,
@@ -12,9 +16,15 @@ from ldm.conditioning import (
     make_conditioner,
 )
 from ldm.config import UserError
+from ldm.data import DataConfig, Source
 from ldm.encoders import TextConfig, pretrained, train_tokenizer
+from ldm.pictures import Stored
 
 CAPTIONS = ["a red circle", "a blue square", "a red square on a green background", "many words " * 20]
+
+
+def a_source(captions: list[str]) -> Source:
+    return Source([Stored("")] * len(captions), DataConfig(), kind="", texts=captions)
 
 
 def small() -> torch.nn.Module:
@@ -54,8 +64,13 @@ def test_rare_words_are_spelled_and_frequent_ones_are_not() -> None:
     assert tokenizer.tokenize("Many rare") == ["many", "r", "##a", "##r", "##e"]
 
 
-def test_long_captions_are_counted() -> None:
+def test_long_captions_are_counted_and_a_run_says_how_many() -> None:
     assert small().cut(CAPTIONS) == 2
+    said: list[str] = []
+    run: Any = SimpleNamespace(seed=lambda purpose: None, place=lambda module: module, say=said.append)
+    config = ConditioningConfig(text=TextConfig(width=16, layers=1, heads=2, max_length=8))
+    train_ldm.conditioner_for(config, run, a_source(CAPTIONS), None)
+    assert said == ["2 of 4 captions are longer than 8 tokens and are cut; see conditioning.text.max_length"]
 
 
 def test_a_dropped_class_is_the_extra_one() -> None:

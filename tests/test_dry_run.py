@@ -128,7 +128,7 @@ def test_a_batch_that_would_not_fit_is_refused_before_it_is_tried(
 
 
 def test_what_to_lower_is_what_would_fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = Findings(steps=1, batch=8, keep=2, room=5 * 10**9)
+    found = Findings(steps=1, batch=8, keep=2, save_every=1, room=5 * 10**9)
     assert "raise run.accumulate, which" in found.memory()
     found.by_accumulate = {1: 9 * 10**9, 2: 6 * 10**9, 4: 4 * 10**9}
     found.bytes["activations"], found.peaks = 3 * 10**9, {"validation": 10**9}
@@ -177,7 +177,7 @@ def test_memory_at_its_peak_is_measured() -> None:
 
 
 def test_times_and_bytes_are_added_up(tmp_path: Path) -> None:
-    found = Findings(steps=100, batch=8, keep=2, done=40)
+    found = Findings(steps=100, batch=8, keep=2, save_every=50, done=40)
     found.parts = [Part("UNet", 7, 3)]
     found.step_seconds, found.cache_seconds, found.repeated_seconds, found.finish_seconds = (
         2.0,
@@ -192,6 +192,7 @@ def test_times_and_bytes_are_added_up(tmp_path: Path) -> None:
     found.there = 1500
     found.check_disk(tmp_path)
     assert "4.0 images/s; 2.3 min for the 60 steps" in found.report(tmp_path)
+    assert "1.7 min between checkpoints (run.save_every 50)" in found.report(tmp_path)
     (tmp_path / "a").write_bytes(b"123")
     assert folder_bytes(tmp_path) == 3 and hours(7200) == "2.0 h"
 

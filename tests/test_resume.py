@@ -14,7 +14,8 @@ import yaml
 import train_ldm
 from autoencoder.kl import AutoencoderKL
 from ldm.config import UserError, load, plain
-from ldm.run_folder import changed_settings
+from ldm.run_folder import changed_settings, environment
+from ldm.sampling import cores
 from ldm.training import Run
 from pipelines import LatentDiffusion
 from tests.forked import alike, ended, forked, ranked, train, trained
@@ -201,3 +202,8 @@ def test_machines_without_a_common_disk_are_told(tmp_path: Path) -> None:
     children = ranked(lambda rank: train(tmp_path / str(rank)), tmp_path / "log.x")
     assert [ended(child) for child in children] == [1, 1]
     assert "is not the folder that the first machine has; set run.out" in (tmp_path / "log.0.log").read_text()
+
+
+def test_systems_that_do_not_tell_their_cores_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # such as macOS
+    assert int(environment(torch.device("cpu"))["cores"]) >= 1 and cores(10**6) >= 1
