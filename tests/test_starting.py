@@ -11,6 +11,8 @@ import train_ldm
 from ldm.conditioning import Cond
 from ldm.config import UserError
 from pipelines import LatentDiffusion
+from pipelines.publishing.card_words import beginnings
+from pipelines.publishing.publication import Candidate, Publication
 from pipelines.stages.starting import shape_of, take_over
 from tests.support import TOY, newest_weights, tiny_unet
 from tests.test_chain import _main_until
@@ -48,6 +50,8 @@ def test_a_drawing_model_learns_to_fill_holes_and_resumes_bit_for_bit(chain: Pat
     weight = learned.unet.conv_in.weight
     assert not torch.equal(weight[:, :4], begun.unet.conv_in.weight) and weight[:, 4:].any()
     torch.testing.assert_close(weight[:, :4], begun.unet.conv_in.weight, atol=0.1, rtol=0)
+    published = Publication(model=tmp_path / "run", name="me/holes", license="mit")
+    assert "of what it is told, which were trained on from ldm" in beginnings(Candidate.of(published))
     again = [*arguments, "--run.out", f"{tmp_path}/again"]
     with pytest.raises(SystemExit):
         _main_until(train_ldm, again, step=3)

@@ -69,6 +69,8 @@ def listed(words: Sequence[str]) -> str:
 def beginnings(candidate: Candidate) -> str:
     """What the weights were before training."""
     run, others = candidate.run, []
+    if start := run.recipe.get("start"):
+        others += [f"of the U-Net and of what it is told, which were trained on from {leaf(start)}"]
     taken = [run.text[key] for key in ("encoder", "encoder_2") if run.text.get(key)]
     if taken and run.text.get("weights", "pretrained") == "pretrained" and "text" in candidate.words:
         others += [f"of the text encoder {listed([leaf(one) for one in taken])}, which was taken as it is"]
