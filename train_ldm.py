@@ -266,7 +266,7 @@ def levels(run: Run, batch: dict[str, Tensor], stratified: bool) -> Tensor:
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:
-    """What this run may not change under way; a text encoder that learns is its own, another is read at each start."""
+    """What this run may not change under way; a frozen text encoder is read from elsewhere at each start."""
     text, labels = text_of(conditioner), labels_of(conditioner)
     words = (text.vocabulary_hash() if text else "") + (repr(labels.classes) if labels else "")
     terms = {
@@ -274,8 +274,8 @@ def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Modu
         "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
         "set of pictures": source.fingerprint,
     }
-    encoder = {} if learns(conditioner) else {"text encoder": weight_hash(conditioner.state_dict())}
-    return Contract(terms | (encoder if text else {}))
+    encoder = {"text encoder": weight_hash(text.state_dict())} if text and text.frozen else {}
+    return Contract(terms | encoder)
 
 
 def new_unet(
