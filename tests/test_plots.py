@@ -58,6 +58,7 @@ def test_a_sheet_has_room_for_tall_pictures_and_says_when_a_caption_has_none() -
     font = ImageFont.load_default(12)
     cut = _lines(captions[1], font, 64).splitlines()
     assert len(cut) == 3 and cut[-1].endswith("…") and all(font.getlength(line) <= 64 for line in cut)
+    assert _lines("word " * 20_000, font, 64).endswith(" …"), "at once, however long it is"
 
 
 def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:

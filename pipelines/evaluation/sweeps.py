@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
+from ldm.conditioning import Unconditional
 from ldm.config import UserError
 from pipelines.evaluation.bench import Bench, Evaluation
 from pipelines.evaluation.compare import in_words, less_is_better, read_result
@@ -33,12 +34,14 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
     What is there of the same weights, measured in the same way, is taken for done, which is said.
 
     Raises:
-        UserError: the model draws nothing.
+        UserError: the model draws nothing, or has nothing to be guided by.
         ValueError: one of the values can't be drawn with; nothing was measured then.
     """
     if kind_of(model) != "latent diffusion":
         raise UserError(f"{model} is an autoencoder, which draws nothing: there is no {setting} to vary.")
     bench, files = Bench(model, what), []
+    if setting == "guidance" and isinstance(drawer(bench).conditioner, Unconditional):
+        raise UserError(f"{model} is told nothing to be guided by: there is no guidance to vary.")
     drawings = {value: replace(what.drawing, **{setting: value}) for value in values}
     for drawing in drawings.values():
         drawing.by(drawer(bench))
