@@ -181,6 +181,7 @@ def test_plot_from_the_command_line(chain: Path, tmp_path: Path, capsys: pytest.
         ["sheet", str(chain / "ldm"), "x", "--n", "0"],
         ["interpolation", str(chain / "ldm"), "1", str(tmp_path / "missing.png"), "x"],
         ["noising", str(tmp_path / "missing.png")],
+        ["steps", str(chain / "ldm"), "a circle", "--counts", "5", "0"],
     ]
     for words in bad:
         with pytest.raises(SystemExit) as ended:
