@@ -118,9 +118,11 @@ def load(model: str | Path) -> dict[str, Any]:
     folder = find(model)
     try:
         return _load(folder)
-    except (UserError, ValueError, OSError):
+    except (UserError, ValueError, OSError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as problem:  # whatever a damaged or hostile file leads to
+    except (
+        BaseException
+    ) as problem:  # whatever a damaged or hostile file leads to; a panic in Rust is no Exception
         reason = " ".join(str(problem).split())[:200]
         raise UserError(f"{folder} holds no sound model ({type(problem).__name__}: {reason}).") from problem
 

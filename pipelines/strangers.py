@@ -99,6 +99,7 @@ def load_tokenizer(folder: Path, encoder: Any) -> Any:
     if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
         raise ValueError(f"{folder}: model_max_length is {length!r}, but must be from 1 to {MAX_LENGTH}.")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer("a")  # if its parts do not fit each other, it fails now
     rows = encoder.get_input_embeddings().weight.shape[0]
     if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise ValueError(f"{folder} has words up to number {most:,}, but the text encoder only {rows:,}.")

@@ -93,6 +93,12 @@ def pickled(m: Path) -> None:
     (m / UNET).rename(m / "unet" / "diffusion_pytorch_model.bin")
 
 
+def panicking(m: Path) -> None:
+    """A template names a token that is none, at which the library written in Rust panics: no `Exception`."""
+    template = json.loads((m / "tokenizer/tokenizer.json").read_text())["post_processor"]
+    edit(m, "tokenizer/tokenizer.json", post_processor=template | {"special_tokens": {}})
+
+
 def fifo(m: Path) -> None:
     (m / UNET).unlink()
     os.mkfifo(m / UNET)
@@ -123,6 +129,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: edit(m, "tokenizer/tokenizer_config.json", vocab_file="/etc/passwd"),
         "names a file in vocab_file",
     ),
+    "template of unknown tokens": (panicking, "no entry found for key"),
     "adapter elsewhere": (
         lambda m: (m / "text_encoder/adapter_config.json").write_text("{}"),
         "adapter_config.json",
