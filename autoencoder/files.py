@@ -91,7 +91,7 @@ def link_folder(source: Path, target: Path) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
     """A safetensors file for all who may read its folder: by itself the library gives it to its owner alone."""
     save_file(tensors, path, metadata=notes)
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    path.chmod(path.parent.stat().st_mode & 0o644)
 
 
 def write_text(path: Path, text: str) -> None:

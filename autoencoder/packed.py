@@ -107,8 +107,8 @@ class Kept(Generic[Packed]):
     """What a network was last packed into, until it is wanted in another way or its weights have changed.
 
     Several threads may ask. It takes as much memory as the network, or some times as much (`autoencoder.winograd`).
-    Whether weights have changed is known by PyTorch's count of changes in place; those made through `.data` are not
-    counted.
+    Whether weights have changed is known by PyTorch's count of changes in place, and by their norms, as changes through
+    `.data` are not counted.
     """
 
     def __init__(self) -> None:
@@ -123,7 +123,8 @@ class Kept(Generic[Packed]):
         Args:
             way: on what else the result depends: precision, sizes.
         """
-        wanted = network, way, [(id(p), p.data_ptr(), changes(p)) for p in network.parameters()]
+        weights = [(id(p), p.data_ptr(), changes(p), float(p.detach().norm())) for p in network.parameters()]
+        wanted = network, way, weights
         last = self._last
         if last is None or last[0] != wanted:
             last = self._last = None  # let go before others take as much memory

@@ -130,7 +130,8 @@ def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "change", ["in place", "averaged", "loaded", "other parameters", "moved", "inference mode"]
+    "change",
+    ["in place", "one, uncounted", "averaged", "loaded", "other parameters", "moved", "inference mode"],
 )
 def test_layers_are_kept_until_weights_change(change: str) -> None:
     """From one drawing to the next of the same size; then made anew, as for another size or precision."""
@@ -154,6 +155,8 @@ def test_layers_are_kept_until_weights_change(change: str) -> None:
             plain.load_state_dict(state, assign=change == "other parameters")
         elif change == "inference mode":
             plain.load_state_dict({name: p + 0.05 for name, p in state.items()}, assign=True)
+        elif change == "one, uncounted":
+            plain.conv_out.bias.data += 0.01
         elif change == "moved":
             plain.double().float()
         elif change == "averaged":
