@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import save_file
 
 import train_ldm
 import train_vae
+from autoencoder.files import write_tensors
 from ldm import checkpoint
 from tests.support import TOY, losses, newest_weights
 
@@ -131,7 +131,7 @@ class Killer:
         sys.addaudithook(self._audit)  # stays for the rest of the process
         self._fsync = os.fsync
         os.fsync = self._synced  # type: ignore[assignment]
-        checkpoint.save_file = self._saved  # type: ignore[assignment]
+        checkpoint.write_tensors = self._saved  # type: ignore[assignment]
 
     def _operation(self) -> bool:
         self.count += 1
@@ -153,8 +153,8 @@ class Killer:
             os._exit(9)
         self._fsync(handle)
 
-    def _saved(self, tensors: dict, path: Path) -> None:
-        save_file(tensors, path)
+    def _saved(self, path: Path, tensors: dict) -> None:
+        write_tensors(path, tensors)
         if self._operation():
             os.truncate(path, path.stat().st_size // 2)
             os._exit(9)

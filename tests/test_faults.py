@@ -177,7 +177,7 @@ def test_a_full_disk_met_in_the_background_ends_the_run(tmp_path: Path) -> None:
         def save(run: Run) -> None:
             if run.step == 3:
                 run._writer.wait()
-                checkpoint.save_file = full  # type: ignore[assignment]
+                checkpoint.write_tensors = full  # type: ignore[assignment]
             original(run)
 
         Run.save = save  # type: ignore[method-assign]
