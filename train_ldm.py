@@ -143,6 +143,7 @@ def train(recipe: Recipe, run: Run) -> None:
 
     run.seed("unet")
     unet = run.place(new_unet(recipe.network, begun, autoencoder, latents, conditioner, task))
+    del begun  # its networks, but for what reads, are no longer needed
     trained = {"unet": unet} | ({"conditioner": conditioner} if learns(conditioner) else {})
     ema = EMA(recipe.ema_decay, **trained)
     profiles = Profiles(**trained) if recipe.ema_every else None
@@ -265,16 +266,16 @@ def levels(run: Run, batch: dict[str, Tensor], stratified: bool) -> Tensor:
 
 
 def contract_of(source: Source, autoencoder: AutoencoderKL, conditioner: nn.Module) -> Contract:
-    """What this run may not change under way."""
+    """What this run may not change under way; a frozen text encoder is read from elsewhere at each start."""
     text, labels = text_of(conditioner), labels_of(conditioner)
     words = (text.vocabulary_hash() if text else "") + (repr(labels.classes) if labels else "")
-    return Contract(
-        {
-            "autoencoder": weight_hash(autoencoder.state_dict()),
-            "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
-            "set of pictures": source.fingerprint,
-        }
-    )
+    terms = {
+        "autoencoder": weight_hash(autoencoder.state_dict()),
+        "vocabulary or set of classes": hashlib.sha256(words.encode()).hexdigest(),
+        "set of pictures": source.fingerprint,
+    }
+    encoder = {"text encoder": weight_hash(text.state_dict())} if text and text.frozen else {}
+    return Contract(terms | encoder)
 
 
 def new_unet(

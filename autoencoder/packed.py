@@ -126,6 +126,7 @@ class Kept(Generic[Packed]):
         wanted = network, way, [(id(p), p.data_ptr(), changes(p)) for p in network.parameters()]
         last = self._last
         if last is None or last[0] != wanted:
+            last = self._last = None  # let go before others take as much memory
             last = self._last = wanted, pack()
         return last[1]
 

@@ -168,18 +168,23 @@ class Writer:
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until the last job has ended."""
+    def ended(self) -> BaseException | None:
+        """What the last job raised, once it has ended."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+        problem, self._problem = self._problem, None
+        return problem
+
+    def wait(self) -> None:
+        """Until the last job has ended; raises what it raised."""
+        if problem := self.ended():
+            raise problem
 
     def check(self) -> None:
-        """Raise what the last job raised."""
-        problem, self._problem = self._problem, None
-        if problem is not None:
-            raise problem
+        """Raise what the last job has raised by now."""
+        if self._problem is not None:
+            self.wait()
 
 
 @contextmanager

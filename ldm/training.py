@@ -271,8 +271,11 @@ class Run(RunLog):
                     self._show_progress(bar)
                     if self.accelerator.sync_gradients and (number := self._asked_to_stop()):
                         self._stop(number)
-        finally:
-            self._writer.wait()
+        except BaseException:  # also of the loop's body: what failed first is what ends the run
+            if problem := self._writer.ended():
+                self.say(str(problem))
+            raise
+        self._writer.wait()
 
     def _stream(self, batch: int, stop: int, rank: int = 0, ranks: int = 1) -> Stream:
         """Batches from where the run stands to the position `stop`."""

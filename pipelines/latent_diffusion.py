@@ -49,7 +49,8 @@ class LatentDiffusion:
     `spacing` of its steps; without, the sampler's usual one.
     In `precision` bf16 drawing is faster, and pictures differ slightly. With `fast`, networks are prepared for a CPU
     (`ldm.fast`), which changes results by rounding, and stay so while the same sizes are drawn, which takes as much
-    memory again as they do, or some times as much; without, they are run as they are.
+    memory again as they do, or some times as much; without, they are run as they are. Weights may change between
+    drawings, but not through `Tensor.data`, which goes unseen (`autoencoder.packed.Kept`).
     `reuse` above 1 computes the coarser levels of the U-Net once in so many steps (DeepCache, Ma et al. 2024): faster,
     and other pictures.
     """

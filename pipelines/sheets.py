@@ -62,7 +62,9 @@ def contact_sheet(
 
 def _lines(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """A text in at most `LINES` lines that are no wider than `width` pixels; "…" stands for what finds no room."""
-    letters = max(1, len(text))
+    most = width // 2  # letters in a line: hardly one is narrower than two pixels
+    text = text[: LINES * most + 1]
+    letters = max(1, min(len(text), most))
     while letters > 8:
         lines = textwrap.wrap(text, letters, max_lines=LINES, placeholder=" …")
         if all(font.getlength(line) <= width for line in lines):

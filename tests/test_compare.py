@@ -142,4 +142,5 @@ def test_the_stamp_names_the_commit(tmp_path: Path) -> None:
     commit.cache_clear()
     (tmp_path / "a.py").write_text("2")
     assert commit(tmp_path) == f"{clean}-dirty"
-    assert ("commit" in versions(torch.device("cpu"))["ldm-from-scratch"]) == (ROOT / ".git").exists()
+    said = versions(torch.device("cpu"))["ldm-from-scratch"]
+    assert ("commit" in said) == (ROOT / ".git").exists(), said

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ from autoencoder.vq import VQConfig, VQModel
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from ldm.pictures import to_tensor
+from ldm.tasks import Restore
+from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
+from pipelines.evaluation.bench import Evaluation, require_fitting
 from pipelines.evaluation.classifier import train_recogniser
 from pipelines.evaluation.extractors import open_extractor
 from pipelines.evaluation.subjects import open_subject, reconstructed
@@ -184,6 +188,13 @@ def test_real_pictures_are_read_as_the_run_read_its_own(
     (run / "config.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="is no YAML"):
         data_at(None, str(run))
+
+
+def test_what_a_model_for_one_task_is_measured_with_is_said(model: LatentDiffusion) -> None:
+    with pytest.raises(
+        UserError, match="trained to restore pictures, not to draw; measure it with `ldm recover`"
+    ):
+        require_fitting(Evaluation(data=DataConfig()), replace(model, task=Restore()))
 
 
 SWEEP = ("--model", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "/nowhere/x.png")

@@ -17,6 +17,7 @@ from autoencoder.fast import Prepared as PreparedAutoencoder
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.packed import Kept
 from ldm.conditioning import ClassLabels, Cond
+from ldm.ema import EMA
 from ldm.fast import Layers, Prepared
 from ldm.paths import VP
 from ldm.prediction import make_prediction
@@ -128,10 +129,13 @@ def test_reuse_computes_the_coarser_levels_once_in_so_many_calls(monkeypatch: py
         Prepared(plain, reuse=0)
 
 
-@pytest.mark.parametrize("change", ["in place", "loaded", "other parameters", "moved", "inference mode"])
+@pytest.mark.parametrize(
+    "change", ["in place", "averaged", "loaded", "other parameters", "moved", "inference mode"]
+)
 def test_layers_are_kept_until_weights_change(change: str) -> None:
     """From one drawing to the next of the same size; then made anew, as for another size or precision."""
-    plain, kept = unet("scale and shift"), Kept()
+    ema, kept = EMA(0.5, unet=unet("scale and shift")), Kept()
+    plain = ema["unet"]
     x, t, cond = inputs(plain.config)
 
     def layers(dtype: torch.dtype = torch.float32, samples: int = 2) -> Layers:
@@ -152,6 +156,9 @@ def test_layers_are_kept_until_weights_change(change: str) -> None:
             plain.load_state_dict({name: p + 0.05 for name, p in state.items()}, assign=True)
         elif change == "moved":
             plain.double().float()
+        elif change == "averaged":
+            (trained := unet("scale and shift")).load_state_dict(state)
+            ema.update(1, unet=trained)
         else:
             torch._foreach_mul_([*plain.parameters()], 1.1)
     second = layers()

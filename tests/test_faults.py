@@ -264,6 +264,27 @@ def test_the_watchdog_leaves_alone_what_moves_on(tmp_path: Path) -> None:
     assert ended(forked(work)) == 0
 
 
+def test_what_fails_first_is_told_when_a_save_beside_it_fails_too(tmp_path: Path) -> None:
+    def work() -> None:
+        original = Run.update
+
+        def job() -> None:
+            raise OSError("the second")
+
+        def update(run: Run, *rest: object) -> None:
+            original(run, *rest)
+            if run.step == 2:
+                run._writer.start(job)
+                raise OSError("the first")
+
+        Run.update = update  # type: ignore[method-assign]
+        train(tmp_path / "run")
+
+    assert ended(forked(work, tmp_path / "log")) == 1
+    said = (tmp_path / "log").read_text()
+    assert "train_vae.py: the first" in said and "the second" in said and "Traceback" not in said
+
+
 def test_a_failing_save_is_raised_by_the_thread_that_trains() -> None:
     writer = checkpoint.Writer()
 

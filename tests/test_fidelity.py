@@ -191,6 +191,9 @@ def test_a_share_of_pictures_is_not_certain_because_none_or_all_of_them_have_it(
     assert np.allclose(alone.interval, spread.interval, atol=0.01)
     whole = of_pictures(torch.ones(100, dtype=torch.bool))
     assert whole.value == whole.interval[1] == 1 and 0.95 < whole.interval[0] < 0.97  # Wilson: 0.963
+    far = of_sets(Seen(normal(20, 0, shift=99), None), Seen(normal(25, 1), None))
+    assert far["precision"].value == far["recall"].value == 0
+    assert 0.1 < far["recall"].interval[1] < far["precision"].interval[1] < 0.2  # Wilson: 0.133 and 0.161
     assert whole.error > 0.005 and of_pictures(torch.zeros(100, dtype=torch.bool)).interval[0] == 0
 
 

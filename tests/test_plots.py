@@ -58,6 +58,7 @@ def test_a_sheet_has_room_for_tall_pictures_and_says_when_a_caption_has_none() -
     font = ImageFont.load_default(12)
     cut = _lines(captions[1], font, 64).splitlines()
     assert len(cut) == 3 and cut[-1].endswith("…") and all(font.getlength(line) <= 64 for line in cut)
+    assert _lines("word " * 20_000, font, 64).endswith(" …"), "at once, however long it is"
 
 
 def test_a_sheet_says_where_its_pictures_lie(tmp_path: Path) -> None:
@@ -180,6 +181,7 @@ def test_plot_from_the_command_line(chain: Path, tmp_path: Path, capsys: pytest.
         ["sheet", str(chain / "ldm"), "x", "--n", "0"],
         ["interpolation", str(chain / "ldm"), "1", str(tmp_path / "missing.png"), "x"],
         ["noising", str(tmp_path / "missing.png")],
+        ["steps", str(chain / "ldm"), "a circle", "--counts", "5", "0"],
     ]
     for words in bad:
         with pytest.raises(SystemExit) as ended:

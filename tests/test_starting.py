@@ -1,12 +1,15 @@
 """Stage 2 that goes on from a trained model: the same network at first, and nothing that would mean something else."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import train_ldm
 from ldm.conditioning import Cond
+from ldm.config import UserError
 from pipelines import LatentDiffusion
 from pipelines.publishing.card_words import beginnings
 from pipelines.publishing.publication import Candidate, Publication
@@ -55,6 +58,17 @@ def test_a_drawing_model_learns_to_fill_holes_and_resumes_bit_for_bit(chain: Pat
     train_ldm.main(again)
     one, two = newest_weights(tmp_path / "run"), newest_weights(tmp_path / "again")
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@torch.no_grad()
+def test_a_run_keeps_to_the_text_encoder_that_it_began_with(chain: Path) -> None:
+    model, source = LatentDiffusion.from_pretrained(chain / "ldm"), SimpleNamespace(fingerprint="pictures")
+    parts: Any = (source, model.autoencoder, model.conditioner)
+    begun_with = train_ldm.contract_of(*parts).state_dict()
+    train_ldm.contract_of(*parts).load_state_dict(begun_with)
+    next(model.conditioner.parameters()).add_(1)
+    with pytest.raises(UserError, match="begun with another text encoder"):
+        train_ldm.contract_of(*parts).load_state_dict(begun_with)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from typing import Any
 from accelerate import PartialState
 from PIL import Image
 
+from autoencoder.kl import AutoencoderKL
 from autoencoder.perceptual import PerceptualConfig
+from autoencoder.vq import VQModel
 from ldm.config import UserError
 from ldm.data import DataConfig, shown_source
 from ldm.faults import let_exchanges_end
@@ -68,8 +70,13 @@ class Result:
     """Figures that could not be measured, and why"""
 
 
-def require_fitting(what: Evaluation, *, draws: bool) -> None:
-    """UserError if something is asked that is of no use to the kind of model, which draws or gives back."""
+def require_fitting(what: Evaluation, model: LatentDiffusion | AutoencoderKL | VQModel) -> None:
+    """UserError if something is asked that is of no use to the kind of model, or if it begins with a picture."""
+    draws = isinstance(model, LatentDiffusion)
+    if isinstance(model, LatentDiffusion) and model.task:
+        raise UserError(
+            f"The model was trained to {model.task.kind} pictures, not to draw; measure it with `ldm recover`."
+        )
     if draws and (what.size is not None or what.lpips.weights):
         raise UserError(
             "The model draws; leave out --size and --lpips-weights, which are for autoencoders alone."
@@ -95,7 +102,7 @@ class Bench:
             self.subject: Subject = open_subject(model, what.weights, device)
             self.extractors = [open_extractor(name, device) for name in what.extractors]
             self.clip = Clip(what.clip, device) if what.clip else None
-        require_fitting(what, draws=isinstance(self.subject.model, LatentDiffusion))
+        require_fitting(what, self.subject.model)
         source, self.split = shown_source(what.data, what.split)
         self.source = sound(source)
         self.count = what.n or min(len(self.source), FEW)

@@ -28,8 +28,8 @@ WORDS = {
     "class_accuracy_real": "class accuracy of real pictures",
     "copies_pixels": "copies of training pictures, by pixels",
     "copies_features": "copies of training pictures, by features",
-    "nearer_pixels": "held-out pictures further from training ones than a drawn one, by pixels",
-    "nearer_features": "held-out pictures further from training ones than a drawn one, by features",
+    "nearer_pixels": "held-out pictures further from training ones, by pixels",
+    "nearer_features": "held-out pictures further from training ones, by features",
 }
 """Names of figures that people write otherwise"""
 

@@ -77,9 +77,13 @@ def of_sets(made: Seen, real: Seen, *, paired: bool = False, seed: int = 0) -> d
     w = drawn_anew(len(made.features), TIMES, rng)
     v = w if paired else drawn_anew(len(real.features), TIMES, rng)
     again = anew(made, real, w, v)
-    return {
+    found = {
         name: around(value, again[name], BOUNDS.get(name)) for name, value in measured(made, real).items()
     }
+    for name, n in (("precision", len(made.features)), ("recall", len(real.features))):
+        if not found[name].error:  # all or none lie within, however often they are drawn anew
+            found[name] = share_of(round(found[name].value * n), n)
+    return found
 
 
 def require_enough(made: int, real: int) -> None:

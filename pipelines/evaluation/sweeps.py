@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
+from ldm.conditioning import Unconditional
 from ldm.config import UserError
 from pipelines.evaluation.bench import Bench, Evaluation
 from pipelines.evaluation.compare import in_words, less_is_better, read_result
@@ -22,6 +24,9 @@ Setting = Literal["guidance", "steps", "sampler"]
 SHOWN = ("class_accuracy", "prompts_satisfied", "clip_score", "fid", "fd", "kid", "precision", "recall")
 """Figures that a plot shows, as far as they were measured"""
 
+LETTERS = 54
+"""Of a plot's heading that fit above a panel"""
+
 
 def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any], folder: Path) -> list[Path]:
     """Evaluate a model with each value of a setting, everything else alike, as FOLDER/SETTING-VALUE.json.
@@ -29,12 +34,14 @@ def sweep(model: str, what: Evaluation, setting: Setting, values: Sequence[Any],
     What is there of the same weights, measured in the same way, is taken for done, which is said.
 
     Raises:
-        UserError: the model draws nothing.
+        UserError: the model draws nothing, or has nothing to be guided by.
         ValueError: one of the values can't be drawn with; nothing was measured then.
     """
     if kind_of(model) != "latent diffusion":
         raise UserError(f"{model} is an autoencoder, which draws nothing: there is no {setting} to vary.")
     bench, files = Bench(model, what), []
+    if setting == "guidance" and isinstance(drawer(bench).conditioner, Unconditional):
+        raise UserError(f"{model} is told nothing to be guided by: there is no guidance to vary.")
     drawings = {value: replace(what.drawing, **{setting: value}) for value in values}
     for drawing in drawings.values():
         drawing.by(drawer(bench))
@@ -76,7 +83,8 @@ def plot(files: Sequence[Path], setting: Setting) -> Figure:
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns, 2.7 * rows + 0.3), layout="constrained")
-    figure.suptitle(in_short(results[0], setting), fontsize=9, color="dimgray")
+    about = textwrap.fill(in_short(results[0], setting), LETTERS * columns)
+    figure.suptitle(about, fontsize=9, color="dimgray")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     at = [result["protocol"][setting] for result in results]
     for axes, name in zip(panels, names, strict=False):
@@ -97,6 +105,8 @@ def in_short(result: dict[str, Any], setting: Setting) -> str:
     """What all points of a plot have in common, in a line."""
     how = result["protocol"]
     kept = [f"{name} {how[name]}" for name in ("sampler", "steps", "guidance") if name != setting]
+    kept += [f"reuse {how['reuse']}"] if how.get("reuse", 1) > 1 else []
+    kept.append(how["precision"])
     real = f"{how['reference']['pictures']:,} real ones of split {how['reference']['split']}"
     about = f"{how['n']:,} pictures of {result['model']['name']} for each value, {', '.join(kept)}; against {real}"
     return f"{about}; shaded: 95 % interval"

@@ -55,8 +55,8 @@ figcaption { font-size: .85rem; color: var(--soft); margin-top: .3rem; }
 .tiles figure { margin: 0; max-width: 10rem; } .tiles img { width: 100%; }
 details { margin: .8rem 0; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem .8rem; }
 summary { cursor: pointer; } pre { overflow-x: auto; font-size: .8rem; line-height: 1.45; }
-@media (max-width: 40rem) { th, td { padding: .3rem .45rem; font-size: .85rem; } td:first-child { min-width: 6rem; }
-  .picture figure { overflow-x: auto; } .picture img { max-width: 44rem; } }
+@media (max-width: 40rem) { th, td { padding: .3rem .4rem; font-size: .8rem; white-space: normal; }
+  td:first-child { min-width: 5rem; } .picture figure { overflow-x: auto; } .picture img { max-width: 44rem; } }
 @media print { nav { display: none; } }
 </style>
 </head>

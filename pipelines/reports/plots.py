@@ -200,6 +200,8 @@ def steps_sweep(
             raise UserError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
         if sampler not in ("ddim", "euler", "heun", "dpmpp_2m", "unipc"):
             raise UserError(f"{sampler} draws anew at each step, so that it converges to no one picture.")
+    for count in counts:
+        require_int("counts", count, 1, 1000)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(
         f"{len(prompts)} prompts, guidance {guidance:g}, seed {seed}", fontsize=9, color="dimgray"

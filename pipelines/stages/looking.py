@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm.denoiser import Denoiser
@@ -29,10 +29,11 @@ class Look:
     trained: Mapping[str, Any]
 
     def __call__(self, run: Run) -> None:
+        model = replace(self.model)  # what is packed goes with it: by the next look weights are others
         if run.due(self.showing.every):
             self.ema.gather()
-            show(run, self.model, self.showing, self.shown)
+            show(run, model, self.showing, self.shown)
         if self.held_out and run.due(self.validation.every):
             self.ema.gather()
             guidance, trained = self.showing.guidance, self.trained
-            validate(run, self.validation, guidance, self.model, self.held_out, self.denoiser, trained)
+            validate(run, self.validation, guidance, model, self.held_out, self.denoiser, trained)
