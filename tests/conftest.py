@@ -114,3 +114,9 @@ def result(chain: Path, asked: list[str], tmp_path_factory: pytest.TempPathFacto
     file = tmp_path_factory.mktemp("result") / "a.json"
     ldm(["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--out", str(file)])
     return file
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is not asked, which where it can't be reached takes 23 seconds of trying again."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

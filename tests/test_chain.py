@@ -300,7 +300,7 @@ def test_the_recipes_for_a_folder_train_on_a_folder(tmp_path: Path) -> None:
         (tmp_path / "pictures" / f"{name}.txt").write_text(f"the letter {name}")
     short = "--run.steps 1 --run.batch_size 2 --run.tracker none --run.precision no"
     recipe = f"--config {ROOT}/configs/folder/{{0}}.yaml --data.path {tmp_path}/pictures --run.out {tmp_path}/{{0}}"
-    train_vae.main(f"{recipe} {short}".format("vae").split())
+    train_vae.main(f"{recipe} {short} --readiness.probe_steps 2".format("vae").split())
     train_ldm.main(f"{recipe} {short} --autoencoder {tmp_path}/vae --show.steps 1".format("ldm").split())
     assert (tmp_path / "ldm" / "model" / "model_index.json").exists()
 

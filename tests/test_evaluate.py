@@ -104,7 +104,7 @@ def test_an_autoencoder_is_measured_picture_by_picture(
     assert figures["psnr"] == pytest.approx(psnr(reconstructed(coder, x), x).mean().item(), rel=1e-4)
 
 
-def test_a_codebook_is_measured_too(pictures: Path, tmp_path: Path) -> None:
+def test_a_codebook_is_measured_too(pictures: Path, tmp_path: Path, offline: None) -> None:
     torch.manual_seed(0)
     VQModel(VQConfig(block_out_channels=(8, 8), norm_num_groups=4, sample_size=SIDE)).save_pretrained(
         tmp_path / "vq"

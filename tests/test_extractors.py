@@ -175,7 +175,7 @@ def test_missing_weights_are_named_with_their_place(tmp_path: Path, monkeypatch:
         ("{empty}", "holds no classifier"),
     ],
 )
-def test_bad_names_are_one_sentence(name: str, message: str, tmp_path: Path) -> None:
+def test_bad_names_are_one_sentence(name: str, message: str, tmp_path: Path, offline: None) -> None:
     if name.startswith("timm"):
         pytest.importorskip("timm", reason="the model is timm's")
     with pytest.raises(UserError) as said:
