@@ -43,9 +43,8 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print on the first process, above the progress bar."""
         if self.main:
-            with suppress(
-                OSError, RuntimeError
-            ):  # a terminal that is gone; a signal while another text is printed
+            # The terminal may be gone, or a signal come while another text is printed.
+            with suppress(OSError, RuntimeError):
                 tqdm.write(text, file=sys.stderr)
 
     def tell(self, text: str) -> None:
