@@ -49,7 +49,7 @@ class EMA:
                     laid_out_like(p, mean.data)
                     for p, mean in zip(trained, averaged.parameters(), strict=True)
                 ]
-            # The parameters themselves: a change through `.data` is not counted, and would be drawn without (`Kept`).
+            # The parameters themselves: PyTorch does not count changes through `.data`, by which `Kept` goes.
             if parameters := self._parts.get(name) or [*averaged.parameters()]:
                 torch._foreach_lerp_(parameters, trained, weight)
             for kept, buffer in zip(averaged.buffers(), module.buffers(), strict=True):

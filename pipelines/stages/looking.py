@@ -29,11 +29,13 @@ class Look:
     trained: Mapping[str, Any]
 
     def __call__(self, run: Run) -> None:
-        model = replace(self.model)  # what is packed goes with it: by the next look weights are others
         if run.due(self.showing.every):
-            self.ema.gather()
-            show(run, model, self.showing, self.shown)
+            show(run, self._averaged(), self.showing, self.shown)
         if self.held_out and run.due(self.validation.every):
-            self.ema.gather()
-            guidance, trained = self.showing.guidance, self.trained
+            model, guidance, trained = self._averaged(), self.showing.guidance, self.trained
             validate(run, self.validation, guidance, model, self.held_out, self.denoiser, trained)
+
+    def _averaged(self) -> LatentDiffusion:
+        """The model with the averages of now. What is packed of it goes with it: by the next look they are others."""
+        self.ema.gather()
+        return replace(self.model)
