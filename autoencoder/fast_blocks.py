@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.layers import ResnetBlock, folded
-from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import Conv3x3
+from autoencoder.packed import Linear, maps, rows
+from autoencoder.winograd import Quick
 
 
 class Doubling:
@@ -19,7 +19,7 @@ class Doubling:
             weight, bias = folded(layer)
         four = nn.Conv2d(layer.in_channels, len(bias), 2, padding=1, device="meta")
         four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
-        self.conv = Conv(four, dtype)
+        self.conv = Quick(four, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B,in,H,W] => [B,out,2H,2W]. Value (p, q) of each pixel's four, as in `layers.unfolded`, in one copy."""
@@ -61,7 +61,7 @@ class Residual:
     def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
         self.block = block
         self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
-        self.conv1, self.conv2 = (Conv3x3(conv, dtype) for conv in (block.conv1, block.conv2))
+        self.conv1, self.conv2 = (Quick(conv, dtype) for conv in (block.conv1, block.conv2))
         self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
 
     def time_of(self, emb: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ understand the model; it is faster by what follows, most of which is worth littl
 
     packed      weights lie as oneDNN multiplies them; bias, residual and GELU are part of the product
     rows        maps are channels-last: a 1x1 convolution is a product of pixels, attention needs no transposing
-    q, k, v     of the pixels are one product; k and v of the prompt are made once a drawing
+    q, k, v     of the pixels are one product
+    prompt      its keys and values are made once a drawing, and where that makes fewer products, what makes queries of
+                pixels and takes values back to them is multiplied with them beforehand
     time        is embedded once, not once a sample, and enters as the bias of a convolution
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
     doubling    of the resolution with the 3x3 convolution after it is four of 2x2
@@ -32,8 +34,29 @@ from ldm.checks import require_int
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
 
-Words = dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values [B,heads,L,C/heads] for each cross-attention
+
+
+class Apart(NamedTuple):
+    """What a cross-attention knows of the prompt."""
+
+    k: Tensor
+    """[B,heads,L,C/heads]"""
+    v: Tensor
+
+
+class Folded(NamedTuple):
+    """The same, for pixels instead of queries and of what is seen: q k^T = x (W_q^T k^T), and out likewise."""
+
+    scores: Tensor
+    """[B,C,heads*L], divided by sqrt(C/heads)"""
+    seen: Tensor
+    """[B,heads*L,C]"""
+
+
+Words = dict[nn.Module, Apart | Folded]  # of each cross-attention
 PROMPTLESS: Words = {}
+LARGEST = 2**26
+"""Bytes up to which what is folded may grow with the number of samples, for each layer"""
 
 
 @dataclass(frozen=True)
@@ -143,9 +166,18 @@ class Prepared:
             last = self._last = cond.tokens, {layer: self._read(layer, cond.tokens) for layer in read}
         return last[1]
 
-    def _read(self, layer: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (part(tokens).to(self.dtype) for part in (layer.to_k, layer.to_v))
-        return split(k, layer.heads).contiguous(), split(v, layer.heads).contiguous()
+    def _read(self, layer: Attention, tokens: Tensor) -> Apart | Folded:
+        k, v = (split(part(tokens), layer.heads) for part in (layer.to_k, layer.to_v))
+        samples, heads, length, width = k.shape
+        channels = heads * width
+        if heads * length > channels or 8 * samples * heads * length * channels > LARGEST:
+            return Apart(k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous())
+        out = layer.to_out[0]
+        assert isinstance(out, nn.Linear)
+        queries, back = layer.to_q.weight.unflatten(0, (heads, -1)), out.weight.unflatten(1, (heads, -1))
+        scores = torch.einsum("hdc,bhld->bchl", queries, k).flatten(2) * width**-0.5
+        seen = torch.einsum("bhld,chd->bhlc", v, back).flatten(1, 2)
+        return Folded(scores.to(self.dtype).contiguous(), seen.to(self.dtype).contiguous())
 
 
 class Came(NamedTuple):
@@ -262,9 +294,19 @@ class ToPrompt:
         self.to_q, self.out = Linear.of(layer.to_q, dtype), Linear.of(layer.to_out[0], dtype)  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor, rest: Tensor, told: Told) -> Tensor:
+        words = told.words[self.layer]
+        if isinstance(words, Folded):
+            return self._folded(x, rest, words, told)
         q = widened(split(self.to_q(x), self.heads), told.samples)
-        seen = attend(q, *told.words[self.layer], told.bias)
+        seen = attend(q, *words, told.bias)
         return self.out.onto(joined(seen), widened(rest, told.samples))
+
+    def _folded(self, x: Tensor, rest: Tensor, words: Folded, told: Told) -> Tensor:
+        scores = torch.bmm(widened(x, told.samples), words.scores).unflatten(-1, (self.heads, -1))
+        if told.bias is not None:
+            scores += told.bias.transpose(1, 2)
+        seen = widened(rest, told.samples).add(self.out.bias)  # type: ignore[arg-type]
+        return torch.baddbmm(seen, scores.softmax(-1).flatten(2), words.seen)
 
 
 class LayerNorm:
