@@ -56,7 +56,8 @@ class Norm(nn.GroupNorm):
 
 
 class Residual:
-    """A ResnetBlock; what time adds or scales comes computed (`time_of`)."""
+    """A ResnetBlock; what time adds or scales comes computed: SiLU of embedded times through `time_emb_proj`, with
+    `time_bias`, [T,C], or scale and shift [T,2C]."""
 
     def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
         self.block = block
@@ -64,13 +65,12 @@ class Residual:
         self.conv1, self.conv2 = (Quick(conv, dtype) for conv in (block.conv1, block.conv2))
         self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
 
-    def time_of(self, emb: Tensor) -> Tensor:
-        """SiLU of embedded times [T,D] => [T,C], the bias of the first convolution in it; scale and shift [T,2C]."""
-        assert self.block.time_emb_proj is not None
-        time = self.block.time_emb_proj(emb)
-        if not self.block.scale_shift:
-            time = time + self.block.conv1.bias
-        return time.to(self.norm1.weight.dtype)
+    @property
+    def time_bias(self) -> Tensor:
+        """Of what takes embedded times to this block; that of the first convolution in it where time is added."""
+        assert self.block.time_emb_proj is not None and self.block.conv1.bias is not None
+        bias = self.block.time_emb_proj.bias
+        return bias if self.block.scale_shift else bias + self.block.conv1.bias
 
     def __call__(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """[B,in,H,W], time of one row or B => [B,out,H,W]."""

@@ -47,6 +47,12 @@ class Linear:
             return ONEDNN._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
         return F.gelu(F.linear(x, self.weight, self.bias))
 
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The product, multiplied by `factor` [..., out]."""
+        if self.packed:
+            return ONEDNN._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+        return F.linear(x, self.weight, self.bias) * factor
+
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
         """The product, added to `rest` [..., out]."""
         if self.packed:
@@ -192,6 +198,7 @@ def _largest_error(dtype: torch.dtype) -> float:
         linear, conv = Linear(weight, layer.bias, dtype, packed), Conv(layer, dtype, packed)
         pixels = rows(x)
         results = [conv(x), conv.onto(x, rest.clone()), linear(pixels), linear.gelu(pixels)]
+        results.append(linear.times(pixels, rows(rest)))
         results.append(Conv(grouped, dtype, packed, groups=4)(x))
         made.append([*results, linear.onto(pixels, rows(rest).clone())])
     pairs = zip(*made, strict=True)

@@ -14,15 +14,14 @@ from __future__ import annotations
 from math import prod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Conv
-from autoencoder.winograd_training import MAPS, Maps, maps, tiles
+from autoencoder.winograd_training import MAPS, Maps, framed, maps, tiles
 
 HALVES = maps((0.0, 1.0, -1.0), taps=2)
-WIDE, FEW, FEWER = 96, 16, 1.5
-"""Channels, tiles, and times fewer products, from which it pays"""
+WIDE, FEW, MUCH, FEWER = 96, 16, 2**20, 1.5
+"""Channels, tiles, tiles times pairs of channels, and times fewer products, from which it pays"""
 LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 AT_ONCE = 128
@@ -30,7 +29,7 @@ AT_ONCE = 128
 
 
 class Winograd(Conv):
-    """A 3x3 or 2x2 convolution of channels-last maps with stride 1, padded by 1, in float32, without its bias.
+    """A 3x3 or 2x2 convolution of channels-last maps with stride 1, padded by 1, in float32.
 
     As a `Conv` it is what is multiplied: a 1x1 convolution [1,s*s*C,T,1] => [1,s*s*O,T,1] in s*s groups.
     """
@@ -40,26 +39,27 @@ class Winograd(Conv):
         super().__init__(layer, torch.float32, groups=ways.sees**2)
         self.padding = [0, 0]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """A fresh map [B,O,H',W'], some rows of tiles at a time, as they are more than the map; always as many, so that
         weights are packed once."""
         tile, sees = self.ways.tile, self.ways.sees
         samples, _, *sides = x.shape
-        height, width = (side + 3 - (sees - tile + 1) for side in sides)
+        height, width = (side + 2 - (sees - tile) for side in sides)
         down, across = -(-height // tile), -(-width // tile)
-        more = (tile * n + sees - tile - 1 - side for n, side in zip((across, down), sides[::-1], strict=True))
-        right, below = more
-        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below))
+        padded = framed(x, 1 + tile * down - height, 1 + tile * across - width)
         made = x.new_empty(samples, down, tile, across, tile, self.made)
         steps = (n for n in range(1, down + 1) if down % n == 0 and n * samples * across <= AT_ONCE)
         step = max(steps, default=1)
         for first in range(0, down, step):
             rows = padded[:, tile * first : tile * (first + step) + sees - tile]
             points = self.ways.seen @ tiles(rows, tile, sees)  # [T,s*s,C]
-            points = self.biased(points.flatten(1).t()[None, :, :, None], None)
+            points = super().biased(points.flatten(1).t()[None, :, :, None], None)
             y = self.ways.made @ points[0, :, :, 0].t().unflatten(1, (sees**2, -1))  # [T,t*t,O]
-            y = y.view(samples, step, across, tile, tile, -1)
-            made[:, first : first + step] = y.transpose(2, 3)
+            y = y.view(samples, step, across, tile, tile, -1).transpose(2, 3)
+            if bias is None:
+                made[:, first : first + step] = y
+            else:
+                torch.add(y, bias, out=made[:, first : first + step])
         return made.flatten(3, 4).flatten(1, 2)[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
     def _laid_out(self) -> Tensor:
@@ -80,8 +80,7 @@ class Quick(Conv):
         if not self.pays(x):
             return super().biased(x, bias)
         self._winograd = self._winograd or Winograd(self.layer, self.ways)
-        y = self._winograd(x)
-        return y if bias is None else y.add_(bias[:, None, None])
+        return self._winograd.biased(x, bias)
 
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
         return self.biased(x, self.bias).add_(rest) if self.pays(x) else super().onto(x, rest)
@@ -94,9 +93,10 @@ class Quick(Conv):
         bfloat16 the product is twice as fast, the way to points is not, and results are too coarse.
         """
         samples, channels, *sides = x.shape
-        made, (tile, sees), taps = len(self.weight), self.ways[:2], self.weight.shape[-1]
+        made, taps, (tile, sees) = len(self.weight), self.weight.shape[-1], self.ways[:2]
         sides = [side + 3 - taps for side in sides]
         tiles = samples * prod(-(-side // tile) for side in sides)
         fewer = samples * prod(taps * side - 2 for side in sides) >= FEWER * tiles * sees**2
-        wide = min(channels, made) >= WIDE and 4 * sees**2 * channels * made <= LARGEST
-        return fewer and wide and tiles >= FEW and self.packed and self.dtype == torch.float32
+        enough = tiles >= FEW and tiles * channels * made >= MUCH and min(channels, made) >= WIDE
+        small = 4 * sees**2 * channels * made <= LARGEST
+        return fewer and enough and small and self.packed and self.dtype == torch.float32

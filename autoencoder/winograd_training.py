@@ -105,13 +105,14 @@ class Winograd(torch.autograd.Function):
         return into, weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2), gradient.sum((0, 2, 3))
 
 
-def framed(x: Tensor) -> Tensor:
-    """Maps [B,C,H,W] => [B,H+2,W+2,C], with zeros around them."""
+def framed(x: Tensor, below: int = 1, right: int = 1) -> Tensor:
+    """Maps [B,C,H,W] => [B,1+H+below,1+W+right,C], with zeros around them."""
     samples, channels, height, width = x.shape
-    padded = x.new_empty(samples, height + 2, width + 2, channels)
-    for border in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+    padded = x.new_empty(samples, 1 + height + below, 1 + width + right, channels)
+    inner = slice(1, height + 1), slice(1, width + 1)
+    for border in (padded[:, 0], padded[:, height + 1 :], padded[:, :, 0], padded[:, :, width + 1 :]):
         border.zero_()
-    padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
+    padded[:, inner[0], inner[1]] = x.permute(0, 2, 3, 1)
     return padded
 
 

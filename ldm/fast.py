@@ -35,7 +35,6 @@ from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
 
 
-
 class Apart(NamedTuple):
     """What a cross-attention knows of the prompt."""
 
@@ -63,8 +62,10 @@ LARGEST = 2**26
 class Told:
     """What one call tells every block."""
 
-    emb: Tensor
-    """SiLU of the embedded time and of what else belongs to the whole picture: [1,T] if the same for all, else [B,T]"""
+    times: dict[Residual, Tensor]
+    """Of the embedded time and what else belongs to the whole picture: one row if the same for all, else B"""
+    at_once: bool
+    """Whether it is the same for all"""
     words: Words
     bias: Tensor | None
     """[B,1,1,L] added to the scores of the prompt's tokens"""
@@ -82,6 +83,17 @@ class Layers:
         self.middle = Level(unet.mid_block, dtype, reads)
         self.up = [Level(block, dtype, reads) for block in unet.up_blocks]  # type: ignore[arg-type]
         self.norm_out = Norm(unet.conv_norm_out, dtype)
+        self.dtype = dtype
+        self.timed = [resnet for level in (*self.down, self.middle, *self.up) for resnet in level.resnets]
+        weights = [resnet.block.time_emb_proj.weight for resnet in self.timed]  # type: ignore[union-attr]
+        biases = [resnet.time_bias for resnet in self.timed]
+        self.widths = [len(bias) for bias in biases]
+        self.all_times = Linear(torch.cat(weights), torch.cat(biases), torch.float32)
+
+    def times(self, emb: Tensor) -> dict[Residual, Tensor]:
+        """SiLU of embedded times [T,D] => what each residual block is told, by one product."""
+        told = self.all_times(emb).to(self.dtype).split(self.widths, dim=1)
+        return dict(zip(self.timed, told, strict=True))
 
 
 class Prepared:
@@ -126,8 +138,9 @@ class Prepared:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """As `UNet.forward`, with the same ValueErrors."""
         self.unet.check(x, t, cond)
-        layers, told = self.layers(x.shape), self._told(t, cond)
-        if len(told.emb) == 1 and told.words and twins(x):
+        layers = self.layers(x.shape)
+        told = self._told(layers, t, cond)
+        if told.at_once and told.words and twins(x):
             x = x[: len(x) // 2]
         x = layers.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -151,10 +164,10 @@ class Prepared:
             self._came = Came(self.reuse - 1, x, told.words)
         return x
 
-    def _told(self, t: Tensor, cond: Cond) -> Told:
+    def _told(self, layers: Layers, t: Tensor, cond: Cond) -> Told:
         emb = self.unet.embed(t[:1] if bool((t == t[0]).all()) else t, cond)
         bias = None if cond.mask is None else mask_bias(cond.mask).to(self.dtype)
-        return Told(F.silu(emb), self._words(cond), bias, len(t))
+        return Told(layers.times(F.silu(emb)), len(emb) == 1, self._words(cond), bias, len(t))
 
     def _words(self, cond: Cond) -> Words:
         """Keys and values of the prompt, computed anew when another condition comes."""
@@ -205,7 +218,7 @@ class Level:
         self.upsamplers = [(Doubling(conv, dtype), Conv(conv, dtype)) for conv in above]
 
     def layer(self, i: int, x: Tensor, told: Told) -> Tensor:
-        x = self.resnets[i](x, self.resnets[i].time_of(told.emb))
+        x = self.resnets[i](x, told.times[self.resnets[i]])
         return self.attentions[i](x, told) if i < len(self.attentions) else x
 
     def layers(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
@@ -270,7 +283,7 @@ class Attending:
         x = self.first(self.norm1(x), x, told)
         x = self.second(self.norm2(x), x, told)
         y = self.norm3(x)
-        return self.contract.onto(self.value(y).mul_(self.gate.gelu(y)), x)
+        return self.contract.onto(self.value.times(y, self.gate.gelu(y)), x)
 
 
 class ToPixels:
