@@ -21,7 +21,7 @@ from autoencoder.untrusted import inside, read_json
 from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
 from ldm.encoders import quietly
-from ldm.masks import palette
+from ldm.palette import palette
 from ldm.prediction import make_prediction
 from ldm.tasks import Inpaint, Segment, Task, from_json, to_json
 from ldm.unet import UNet
