@@ -101,7 +101,7 @@ def _save_text(text: Text, fresh: Path, *, stock: bool) -> dict[str, Any]:
 
 def tokenizer_class(tokenizer: Any) -> str:
     """The name under which every transformers release has the tokenizer's class."""
-    name = type(tokenizer).__name__
+    name = getattr(tokenizer, "stock_class", type(tokenizer).__name__)
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
 
 
