@@ -31,23 +31,13 @@ GELU: dict[str, Callable[[Tensor], Tensor]] = {
 SHARED: dict[str, Any] = {"model_type": "", "transformers_version": "", "dtype": "", "torch_dtype": ""}
 SHARED |= {"use_attention_mask": False, "tie_word_embeddings": True, "initializer_range": 0.02}
 SHARED |= {"dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}
-BERT: dict[str, Any] = {
-    "vocab_size": 30522,
-    "max_position_embeddings": 512,
-    "dim": 768,
-    "hidden_dim": 3072,
-    "n_layers": 6,
-}
-BERT |= {"n_heads": 12, "activation": "gelu", "pad_token_id": 0, "sinusoidal_pos_embds": False}
+BERT: dict[str, Any] = {"vocab_size": 30522, "max_position_embeddings": 512, "dim": 768, "hidden_dim": 3072}
+BERT |= {"n_layers": 6, "n_heads": 12, "activation": "gelu", "pad_token_id": 0, "sinusoidal_pos_embds": False}
 BERT |= {"qa_dropout": 0.1, "seq_classif_dropout": 0.2}
-CLIP: dict[str, Any] = {
-    "vocab_size": 49408,
-    "max_position_embeddings": 77,
-    "hidden_size": 512,
-    "intermediate_size": 2048,
-}
-CLIP |= {"num_hidden_layers": 12, "num_attention_heads": 8, "projection_dim": 512, "layer_norm_eps": 1e-5}
-CLIP |= {"hidden_act": "quick_gelu", "pad_token_id": 1, "eos_token_id": 49407, "initializer_factor": 1.0}
+CLIP: dict[str, Any] = {"vocab_size": 49408, "max_position_embeddings": 77, "hidden_size": 512}
+CLIP |= {"intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8, "projection_dim": 512}
+CLIP |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "pad_token_id": 1, "eos_token_id": 49407}
+CLIP |= {"initializer_factor": 1.0}
 USUAL = {"distilbert": SHARED | BERT, "clip_text_model": SHARED | CLIP}
 """By `model_type`, the stock defaults of all settings that are read here, or change nothing of what is said"""
 
