@@ -95,36 +95,38 @@ def fitting(folder: Path, told: Mapping[str, Any]) -> Tokenizer | None:
         return None
     files = {name: (folder / name).read_bytes() for name in FILES}
     backend = tokenizers.Tokenizer.from_buffer(files[WORDS])
-    content = json.loads(backend.to_str())
+    content = json.loads(
+        files[WORDS]
+    )  # not `backend.to_str()`, which goes through all numbers up to the largest
     known = told["tokenizer_class"] in BACKEND or is_clip(content, told)
     return Tokenizer(files, told, backend) if known and is_simple(content, named.values()) else None
 
 
 def is_simple(content: Mapping[str, Any], named: Iterable[str]) -> bool:
     """Whether a tokenizer.json leaves `transformers` nothing to add for the tokens that are `named`."""
-    tokens = {token["content"]: token for token in content["added_tokens"]}
-    sides = [content[way]["direction"] for way in ("padding", "truncation") if content[way]]
+    tokens = {token["content"]: token for token in content.get("added_tokens", ())}
+    sides = [told["direction"] for way in ("padding", "truncation") if (told := content.get(way))]
     return (
         tokens.keys() >= set(named)
         and all(PLAIN.items() <= token.items() for token in tokens.values())
         and all(side == "Right" for side in sides)
-        and content["post_processor"] is not None
+        and content.get("post_processor") is not None
         and len(content["model"]["vocab"]) <= MOST
     )
 
 
 def is_clip(content: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json is one of CLIP's, with nothing in it that `transformers` would leave out."""
-    if told["tokenizer_class"] != CLIP or content["model"]["type"] != "BPE":
+    words = content["model"].get("vocab")
+    if told["tokenizer_class"] != CLIP or not isinstance(words, dict):
         return False
-    first, last, words = told.get("bos_token"), told.get("eos_token"), content["model"]["vocab"]
+    first, last = told.get("bos_token"), told.get("eos_token")
     wanted = {
         "normalizer": {"type": "Sequence", "normalizers": CLIP_NORMALIZERS},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": CLIP_PARTS},
         "post_processor": CLIP_ENDS | {"cls": [first, words.get(first)], "sep": [last, words.get(last)]},
         "model": content["model"] | CLIP_PAIRS | {"unk_token": told.get("unk_token")},
     }
-    added = content["added_tokens"]
-    return all(content[key] == part for key, part in wanted.items()) and all(
-        words.get(token["content"]) == token["id"] for token in added
+    return all(content.get(key) == part for key, part in wanted.items()) and all(
+        words.get(token["content"]) == token["id"] for token in content.get("added_tokens", ())
     )
