@@ -12,10 +12,9 @@ from torch import Tensor
 
 from autoencoder.kl import AutoencoderKL
 from benchmarks.models import Shape, autoencoders, hurried, normal
-from benchmarks.timing import Case
+from benchmarks.timing import Case, Giving, Keeping
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
 from ldm.device import DTYPES, Precision, to_decode
-from ldm.memory import keep_freed
 
 
 def passes(size: Shape) -> Iterator[Case]:
@@ -64,7 +63,6 @@ def stock_decode(model: Any, latents: Tensor) -> Tensor:
 
 def training(size: Shape) -> Iterator[Case]:
     """Forward, L2 + KL, backward, AdamW, on pixels at hand; memory as for the U-Net."""
-    keep_freed()
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
     for precision, dtype in DTYPES.items():
         ours, peer = autoencoders(size)
@@ -73,9 +71,9 @@ def training(size: Shape) -> Iterator[Case]:
         fast, cast = hurried(peer), autocast(precision)
         yield Case(
             name=f"autoencoder training step, {precision}",
-            ours=partial(our_step, ours, pixels, noise, stepper(ours), cast),
-            peer=partial(stock_step, peer, pixels, noise, stepper(peer), cast),
-            fast_peer=partial(stock_step, fast, pixels, noise, stepper(fast), cast),
+            ours=Keeping(partial(our_step, ours, pixels, noise, stepper(ours), cast)),
+            peer=Giving(partial(stock_step, peer, pixels, noise, stepper(peer), cast)),
+            fast_peer=Keeping(partial(stock_step, fast, pixels, noise, stepper(fast), cast)),
             target=1.4,
             unit=8,
             precision=dtype,
