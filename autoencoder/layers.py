@@ -76,9 +76,10 @@ class LargeNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         samples, channels, height, width = x.shape
-        ctx.sizes = samples, channels, height * width, groups
-        made, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.sizes, eps)
+        sizes = samples, channels, height * width, groups
+        made, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps=eps)
         ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.sizes = sizes
         return made
 
     @staticmethod
