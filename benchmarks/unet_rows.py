@@ -93,19 +93,21 @@ def hasty(size: Shape) -> Iterator[Case]:
     What it does to the pictures of a trained model is in docs/log.md.
     """
     ours, peer = unets(size)
-    fast, side = hurried(peer), size.latents[0]
-    for batch in (1, 8):
-        told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
-        yield Case(
-            name=f"sampling, dpmpp_2m 20, guidance interval, reuse 3, batch {batch} (another result)",
-            ours=partial(our_loop, ours, "f32", "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
-            peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
-            fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
-            target=3.0,
-            unit=batch,
-            precision=None,
-            long=batch > 1,
-        )
+    side = size.latents[0]
+    for precision, dtype in DTYPES.items():
+        fast, against = hurried(peer, dtype), "" if precision == "f32" else ", bf16 against f32"
+        for batch in (1, 8):
+            told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
+            yield Case(
+                name=f"sampling, dpmpp_2m 20, interval, reuse 3, batch {batch}{against} (another result)",
+                ours=partial(our_loop, ours, precision, "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
+                peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
+                fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
+                target=3.0,
+                unit=batch,
+                precision=None,
+                long=batch > 1,
+            )
 
 
 def our_loop(
