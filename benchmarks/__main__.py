@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from autoencoder.files import write_text
-from benchmarks.models import compiling, device, shape
+from benchmarks.models import compiling, device, on_gpu, shape
 from benchmarks.rows import ROWS, Measurable
 from benchmarks.timing import FULL, QUICK, Row, matrix_rate
 
@@ -76,7 +76,7 @@ def measured(cases: Iterator[Measurable], words: list[str], quick: bool) -> Iter
         if any(word in case.name for word in words) and not (quick and case.long):
             try:
                 row = case.measure(QUICK if quick else FULL)
-                yield for_a_gpu(row) if device() == "cuda" else row
+                yield for_a_gpu(row) if on_gpu() else row
             except Exception as error:
                 traceback.print_exc()
                 yield f"{case.name}: {type(error).__name__}: {str(error)[:300]}"
@@ -93,7 +93,7 @@ def for_a_gpu(row: Row) -> Row:
 def let_go() -> None:
     """Of networks that were measured, and of graphs and kernels of them: rows to come may need the GPU's memory."""
     gc.collect()
-    if device() == "cuda":
+    if on_gpu():
         torch.compiler.reset()
         torch.cuda.empty_cache()
 
@@ -122,11 +122,11 @@ def machine() -> dict[str, Any]:
     kinds = {"compiled": compiling(graphs=True)["mode"], "autotuned": torch._inductor.config.max_autotune}
     return {
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device() == "cuda" else processor(),
+        "device": torch.cuda.get_device_name() if on_gpu() else processor(),
         "threads": torch.get_num_threads(),
         "matrix_gflops_f32": round(matrix_rate(torch.float32) / 1e9),
         "matrix_gflops_bf16": round(matrix_rate(torch.bfloat16) / 1e9),
-        **(kinds if device() == "cuda" else {}),
+        **(kinds if on_gpu() else {}),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
     }
 

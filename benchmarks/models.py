@@ -90,27 +90,31 @@ SD15 = Shape(
 )
 
 
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def shape() -> Shape:
-    return SD15 if torch.cuda.is_available() else SMALL
+    return SD15 if on_gpu() else SMALL
 
 
 def stock() -> Shape:
     """Of the real loop in the latents of a stock autoencoder."""
-    return SD15 if torch.cuda.is_available() else STOCK
+    return SD15 if on_gpu() else STOCK
 
 
 def usual() -> Precision:
     """On a GPU nobody trains or draws in another precision than bf16, both sides with bf16 products."""
-    return "bf16" if torch.cuda.is_available() else "f32"
+    return "bf16" if on_gpu() else "f32"
 
 
 def precisions() -> dict[Precision, torch.dtype]:
     """Those that are measured: on a CPU ours in bf16 is compared with the peer in float32, as rows say."""
-    return {"bf16": torch.bfloat16} if torch.cuda.is_available() else DTYPES
+    return {"bf16": torch.bfloat16} if on_gpu() else DTYPES
 
 
 def against(precision: Precision) -> str:
@@ -160,13 +164,13 @@ def hurried(peer: Any, dtype: torch.dtype = torch.float32, *, trains: bool = Fal
 def compile_parts(network: Any, *, graphs: bool) -> None:
     """On a GPU, both sides alike: a U-Net, or an autoencoder's encoder and decoder, which are called one by one."""
     parts = [network.encoder, network.decoder] if hasattr(network, "decoder") else [network]
-    for part in parts if device() == "cuda" else []:
+    for part in parts if on_gpu() else []:
         part.compile(**compiling(graphs))
 
 
 def compiled(network: Network) -> Network:
     """What draws, on a GPU compiled."""
-    if device() == "cpu":
+    if not on_gpu():
         return network
     graph: Callable[..., Tensor] = torch.compile(network, **compiling(graphs=True))
     return lambda x, t, cond: graph(x, t, cond).clone()  # the next replay writes over what this one gave

@@ -61,7 +61,7 @@ class Row:
     share_target: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As the record keeps it."""
+        """As the record keeps it; seconds are None where megabytes are compared."""
         unit = self.unit
         return {
             "name": self.name,
@@ -69,8 +69,7 @@ class Row:
             "spread": self.spread,
             "target": self.target,
             "difference": self.difference,
-            f"ours_{unit}": self.ours,
-            f"peer_{unit}": self.peer,
+            **{"ours_s": None, "peer_s": None, f"ours_{unit}": self.ours, f"peer_{unit}": self.peer},
             f"fast_peer_{unit}": self.fast_peer,
             "fast_ratio": self.fast_ratio,
             "fast_target": self.fast_target,
