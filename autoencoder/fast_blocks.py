@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.layers import ResnetBlock, folded
-from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import Conv3x3
+from autoencoder.packed import Linear, maps, rows
+from autoencoder.winograd import Quick
 
 
 class Doubling:
@@ -19,7 +19,7 @@ class Doubling:
             weight, bias = folded(layer)
         four = nn.Conv2d(layer.in_channels, len(bias), 2, padding=1, device="meta")
         four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
-        self.conv = Conv(four, dtype)
+        self.conv = Quick(four, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B,in,H,W] => [B,out,2H,2W]. Value (p, q) of each pixel's four, as in `layers.unfolded`, in one copy."""
@@ -56,21 +56,21 @@ class Norm(nn.GroupNorm):
 
 
 class Residual:
-    """A ResnetBlock; what time adds or scales comes computed (`time_of`)."""
+    """A ResnetBlock; what time adds or scales comes computed: SiLU of embedded times through `time_emb_proj`, with
+    `time_bias`, [T,C], or scale and shift [T,2C]."""
 
     def __init__(self, block: ResnetBlock, dtype: torch.dtype) -> None:
         self.block = block
         self.norm1, self.norm2 = Norm(block.norm1, dtype), Norm(block.norm2, dtype)
-        self.conv1, self.conv2 = (Conv3x3(conv, dtype) for conv in (block.conv1, block.conv2))
+        self.conv1, self.conv2 = (Quick(conv, dtype) for conv in (block.conv1, block.conv2))
         self.shortcut = None if block.conv_shortcut is None else Linear.of(block.conv_shortcut, dtype)
 
-    def time_of(self, emb: Tensor) -> Tensor:
-        """SiLU of embedded times [T,D] => [T,C], the bias of the first convolution in it; scale and shift [T,2C]."""
-        assert self.block.time_emb_proj is not None
-        time = self.block.time_emb_proj(emb)
-        if not self.block.scale_shift:
-            time = time + self.block.conv1.bias
-        return time.to(self.norm1.weight.dtype)
+    @property
+    def time_bias(self) -> Tensor:
+        """Of what takes embedded times to this block; that of the first convolution in it where time is added."""
+        assert self.block.time_emb_proj is not None and self.block.conv1.bias is not None
+        bias = self.block.time_emb_proj.bias
+        return bias if self.block.scale_shift else bias + self.block.conv1.bias
 
     def __call__(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """[B,in,H,W], time of one row or B => [B,out,H,W]."""

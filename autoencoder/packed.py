@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 ONEDNN: Any = torch.ops.mkldnn
 
@@ -46,6 +45,12 @@ class Linear:
         if self.packed:
             return ONEDNN._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
         return F.gelu(F.linear(x, self.weight, self.bias))
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The product, multiplied by `factor` [..., out]."""
+        if self.packed:
+            return ONEDNN._linear_pointwise.binary(x, factor, self.weight, self.bias, "mul")
+        return F.linear(x, self.weight, self.bias) * factor
 
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
         """The product, added to `rest` [..., out]."""
@@ -182,18 +187,21 @@ def _largest_error(dtype: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     x, rest, weight = (torch.randn(2, 16, 4, 4, generator=generator) for _ in range(3))
     x, rest = (part.to(dtype, memory_format=torch.channels_last) for part in (x, rest))
-    layer = skip_init(nn.Conv2d, 16, 16, 3, padding=1)  # which draws nothing from the person's random numbers
-    for part in (layer.weight, layer.bias):
-        part.copy_(torch.randn(part.shape, generator=generator) / 12)
+    # on the meta device, which draws nothing from the person's random numbers (`skip_init` loads sympy besides)
+    layer = nn.Conv2d(16, 16, 3, padding=1, device="meta")
+    drawn = {
+        name: torch.randn(part.shape, generator=generator) / 12 for name, part in layer.named_parameters()
+    }
+    layer.load_state_dict(drawn, assign=True)
     weight = weight[:1].reshape(16, 16) / 4
-    grouped = skip_init(nn.Conv2d, 16, 16, 1, groups=4)
-    for part, values in ((grouped.weight, weight[:, :4, None, None]), (grouped.bias, layer.bias)):
-        part.copy_(values)
+    grouped = nn.Conv2d(16, 16, 1, groups=4, device="meta")
+    grouped.load_state_dict({"weight": weight[:, :4, None, None].clone(), "bias": layer.bias}, assign=True)
     made = []
     for packed in (True, False):
         linear, conv = Linear(weight, layer.bias, dtype, packed), Conv(layer, dtype, packed)
         pixels = rows(x)
         results = [conv(x), conv.onto(x, rest.clone()), linear(pixels), linear.gelu(pixels)]
+        results.append(linear.times(pixels, rows(rest)))
         results.append(Conv(grouped, dtype, packed, groups=4)(x))
         made.append([*results, linear.onto(pixels, rows(rest).clone())])
     pairs = zip(*made, strict=True)

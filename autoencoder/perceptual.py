@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -83,7 +82,7 @@ def classifier_weights(network: Classifier, place: str | None) -> dict[str, Tens
         return _from_cache(network, cached)
     if network in HUB:
         try:
-            return _read(Path(hf_hub_download(HUB[network], "model.safetensors")))
+            return _read(_downloaded(HUB[network]))
         except (OSError, ValueError) as problem:
             raise FileNotFoundError(f"{_missing(network)} ({_first_line(problem)}).") from None
     raise FileNotFoundError(f"{_missing(network)}.")
@@ -124,6 +123,12 @@ def _missing(network: Classifier) -> str:
     )
 
 
+def _downloaded(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(repository, "model.safetensors"))
+
+
 def _found(place: str, network: Classifier) -> Path:
     file = Path(place).expanduser()
     if file.is_file():
@@ -134,7 +139,7 @@ def _found(place: str, network: Classifier) -> Path:
             f"give a safetensors file or a hub repository with torchvision's weights of {NAMES[network]}."
         )
     try:
-        return Path(hf_hub_download(place, "model.safetensors"))
+        return _downloaded(place)
     except (OSError, ValueError) as problem:
         raise FileNotFoundError(
             f"loss.lpips.weights is {place}, which is neither a file here nor a repository on the Hugging Face hub "

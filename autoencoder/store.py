@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -62,6 +61,8 @@ def find_folder(source: str | Path) -> Path:
     hub_name = re.fullmatch(r"(?P<model>[\w-][\w.-]*/[\w.-]+)(?P<inner>(/[\w.-]+)*)", str(source))
     if hub_name is None:
         raise FileNotFoundError(f"There is no folder '{source}'.")
+    from huggingface_hub import snapshot_download
+
     model, inner = hub_name["model"], hub_name["inner"].lstrip("/")
     try:
         snapshot = snapshot_download(model, allow_patterns=[f"{inner}/{file}".lstrip("/") for file in FILES])
@@ -186,9 +187,18 @@ def load_folder(source: str | Path, kind: type[C], class_name: str, build: Calla
         network = build(config)
     _check_weights(folder, shapes, dict(network.named_parameters()) | dict(network.named_buffers()))
     require_memory(sum(map(math.prod, shapes.values())), f"{folder}")
-    weights = load_weights(folder)
-    network.to_empty(device="cpu").load_state_dict(weights)
-    return network.eval()
+    return filled(network, load_weights(folder)).eval()
+
+
+def filled(network: M, weights: Mapping[str, Tensor]) -> M:
+    """A network that was built on the meta device, given all of its weights, of any floating-point type, as copies.
+
+    What a file holds may change under a tensor that is a view of it. (`Module.to_empty` loads sympy, in 0.3 s.)
+    """
+    own = network.state_dict()
+    copies = {name: weights[name].to(tensor.dtype, copy=True) for name, tensor in own.items()}
+    network.load_state_dict(copies, assign=True)
+    return network
 
 
 def save_folder(

@@ -27,26 +27,34 @@ parts of a batch are computed as the whole is, and take as much memory each"""
 
 
 class Maps(NamedTuple):
-    """What takes a tile to points and back, for rows and columns at once."""
+    """What takes tiles to points and back, for rows and columns at once: t values of a row are made of s."""
 
+    tile: int
+    """t"""
+    sees: int
+    """s"""
     seen: Tensor
-    """[36,36] pixels of a tile => points"""
+    """[s*s,s*s] pixels of a tile => points"""
     weight: Tensor
-    """[36,9] weights => points"""
+    """[s*s,k*k] weights => points"""
     made: Tensor
-    """[16,36] points => pixels"""
+    """[t*t,s*s] points => pixels"""
 
 
-def _maps() -> Maps:
+def maps(points: tuple[float, ...], taps: int) -> Maps:
+    """Of convolutions with k `taps` a row, by these points and infinity."""
+    sees = len(points) + 1
+    tile = sees - taps + 1
+
     def powers(count: int) -> Tensor:
-        finite = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(count)
+        finite = torch.tensor(points, dtype=torch.float64)[:, None] ** torch.arange(count)
         return torch.cat([finite, torch.eye(count, dtype=torch.float64)[-1:]])  # of infinity the last alone
 
-    parts = torch.linalg.inv(powers(SEEN)).T, powers(3), powers(TILE).T
-    return Maps(*(torch.kron(part, part).float() for part in parts))
+    parts = torch.linalg.inv(powers(sees)).T, powers(taps), powers(tile).T
+    return Maps(tile, sees, *(torch.kron(part, part).float() for part in parts))
 
 
-MAPS = _maps()
+MAPS = maps(POINTS, taps=3)
 
 
 class Conv3x3(nn.Conv2d):
@@ -97,23 +105,25 @@ class Winograd(torch.autograd.Function):
         return into, weight.unflatten(1, (3, 3)).permute(0, 3, 1, 2), gradient.sum((0, 2, 3))
 
 
-def framed(x: Tensor) -> Tensor:
-    """Maps [B,C,H,W] => [B,H+2,W+2,C], with zeros around them."""
+def framed(x: Tensor, below: int = 1, right: int = 1) -> Tensor:
+    """Maps [B,C,H,W] => [B,1+H+below,1+W+right,C], with zeros around them."""
     samples, channels, height, width = x.shape
-    padded = x.new_empty(samples, height + 2, width + 2, channels)
-    for border in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+    padded = x.new_empty(samples, 1 + height + below, 1 + width + right, channels)
+    inner = slice(1, height + 1), slice(1, width + 1)
+    for border in (padded[:, 0], padded[:, height + 1 :], padded[:, :, 0], padded[:, :, width + 1 :]):
         border.zero_()
-    padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
+    padded[:, inner[0], inner[1]] = x.permute(0, 2, 3, 1)
     return padded
 
 
-def tiles(padded: Tensor) -> Tensor:
-    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
+def tiles(padded: Tensor, tile: int = TILE, sees: int = SEEN) -> Tensor:
+    """Overlapping tiles [T,s*s,C] of maps [B,t*down+s-t,t*across+s-t,C]."""
     samples, height, width, channels = padded.shape
     sample, row, pixel, channel = padded.stride()
-    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
-    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
-    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
+    over = sees - tile
+    strides = sample, tile * row, tile * pixel, row, pixel, channel
+    shape = samples, (height - over) // tile, (width - over) // tile, sees, sees, channels
+    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, sees**2, channels)
 
 
 def put_together(parts: Tensor, shape: torch.Size) -> Tensor:

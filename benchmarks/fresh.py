@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from benchmarks.timing import Effort, Row
+if TYPE_CHECKING:
+    from benchmarks.timing import Effort, Row  # which import torch, and that is part of what is timed
 
 PROMPT, STEPS, GUIDANCE, BATCH = "a large red circle", 20, 4.0, 16
 STATUS = Path("/proc/self/status")  # Linux
@@ -37,6 +38,8 @@ class Fresh:
     long: bool = False
 
     def measure(self, effort: Effort) -> Row:
+        from benchmarks.timing import Row
+
         found: dict[str, list[float]] = {"ours": [], "stock": []}
         with tempfile.TemporaryDirectory() as folder:
             save(self.size, Path(folder))

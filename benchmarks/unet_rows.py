@@ -108,20 +108,22 @@ def hasty(size: Shape) -> Iterator[Case]:
     What it does to the pictures of a trained model is in docs/log.md.
     """
     ours, peer = unets(size)
-    fast, side = hurried(peer, DTYPES[usual()]), size.latents[0]
-    peer = as_it_comes(peer)
-    for batch in (1, 8):
-        told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
-        yield Case(
-            name=f"sampling, dpmpp_2m 20, guidance interval, reuse 3, batch {batch} (another result)",
-            ours=partial(our_loop, ours, usual(), "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
-            peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
-            fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
-            target=3.0,
-            unit=batch,
-            precision=None,
-            long=batch > 1,
-        )
+    usually, side = as_it_comes(peer), size.latents[0]
+    for precision, dtype in precisions().items():
+        fast = hurried(peer, dtype)
+        said = "" if precision == "f32" else f", {against(precision)}"
+        for batch in (1, 8):
+            told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
+            yield Case(
+                name=f"sampling, dpmpp_2m 20, interval, reuse 3, batch {batch}{said} (another result)",
+                ours=partial(our_loop, ours, precision, "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
+                peer=partial(stock_loop, usually, "dpmpp_2m", 20, *told_),
+                fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
+                target=3.0,
+                unit=batch,
+                precision=None,
+                long=batch > 1,
+            )
 
 
 def our_loop(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.config import UserError
 from ldm.encoders import Encoder, TextConfig, make_encoders
+from ldm.tokens import encodings
 
 Words = Literal["none", "class", "text", "class+text"]
 
@@ -181,15 +182,9 @@ class Text(nn.Module):
         """Captions as a batch: {"ids", "attend": [B,L] int64}, of two encoders also "ids_2", "attend_2"."""
         batch: dict[str, Tensor] = {}
         for i, tokenizer in enumerate(self.tokenizers):
-            read = tokenizer(
-                list(captions),
-                padding="max_length",
-                truncation=True,
-                max_length=tokenizer.model_max_length,
-                return_tensors="pt",
-            )
-            end = f"_{i + 1}" if i else ""
-            batch |= {f"ids{end}": read.input_ids, f"attend{end}": read.attention_mask}
+            read, end = encodings(tokenizer, captions), f"_{i + 1}" if i else ""
+            batch[f"ids{end}"] = torch.tensor([one.ids for one in read])
+            batch[f"attend{end}"] = torch.tensor([one.attention_mask for one in read])
         return batch
 
     def vocabulary_hash(self) -> str:
@@ -199,9 +194,8 @@ class Text(nn.Module):
 
     def cut(self, captions: Sequence[str]) -> int:
         """How many captions are longer than the tokenizers' limit."""
-        read = [t(list(captions), truncation=False, padding=False, verbose=False) for t in self.tokenizers]
-        lengths = zip(*([len(ids) for ids in one.input_ids] for one in read), strict=True)
-        return sum(max(of_one) > self.max_length for of_one in lengths)
+        read = zip(*(encodings(tokenizer, captions) for tokenizer in self.tokenizers), strict=True)
+        return sum(any(one.overflowing for one in of_one) for of_one in read)
 
     def encode(self, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `read` made => {"tokens": states [B,L,D]}, and "pooled" [B,P] with a projection."""

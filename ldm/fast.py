@@ -5,7 +5,9 @@ understand the model; it is faster by what follows, most of which is worth littl
 
     packed      weights lie as oneDNN multiplies them; bias, residual and GELU are part of the product
     rows        maps are channels-last: a 1x1 convolution is a product of pixels, attention needs no transposing
-    q, k, v     of the pixels are one product; k and v of the prompt are made once a drawing
+    q, k, v     of the pixels are one product
+    prompt      its keys and values are made once a drawing, and where that makes fewer products, what makes queries of
+                pixels and takes values back to them is multiplied with them beforehand
     time        is embedded once, not once a sample, and enters as the bias of a convolution
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
     doubling    of the resolution with the 3x3 convolution after it is four of 2x2
@@ -32,16 +34,38 @@ from ldm.checks import require_int
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias
 
-Words = dict[nn.Module, tuple[Tensor, Tensor]]  # keys and values [B,heads,L,C/heads] for each cross-attention
+
+class Apart(NamedTuple):
+    """What a cross-attention knows of the prompt."""
+
+    k: Tensor
+    """[B,heads,L,C/heads]"""
+    v: Tensor
+
+
+class Folded(NamedTuple):
+    """The same, for pixels instead of queries and of what is seen: q k^T = x (W_q^T k^T), and out likewise."""
+
+    scores: Tensor
+    """[B,C,heads*L], divided by sqrt(C/heads)"""
+    seen: Tensor
+    """[B,heads*L,C]"""
+
+
+Words = dict[nn.Module, Apart | Folded]  # of each cross-attention
 PROMPTLESS: Words = {}
+LARGEST = 2**26
+"""Bytes up to which what is folded may grow with the number of samples, for each layer"""
 
 
 @dataclass(frozen=True)
 class Told:
     """What one call tells every block."""
 
-    emb: Tensor
-    """SiLU of the embedded time and of what else belongs to the whole picture: [1,T] if the same for all, else [B,T]"""
+    times: dict[Residual, Tensor]
+    """Of the embedded time and what else belongs to the whole picture: one row if the same for all, else B"""
+    at_once: bool
+    """Whether it is the same for all"""
     words: Words
     bias: Tensor | None
     """[B,1,1,L] added to the scores of the prompt's tokens"""
@@ -59,6 +83,17 @@ class Layers:
         self.middle = Level(unet.mid_block, dtype, reads)
         self.up = [Level(block, dtype, reads) for block in unet.up_blocks]  # type: ignore[arg-type]
         self.norm_out = Norm(unet.conv_norm_out, dtype)
+        self.dtype = dtype
+        self.timed = [resnet for level in (*self.down, self.middle, *self.up) for resnet in level.resnets]
+        weights = [resnet.block.time_emb_proj.weight for resnet in self.timed]  # type: ignore[union-attr]
+        biases = [resnet.time_bias for resnet in self.timed]
+        self.widths = [len(bias) for bias in biases]
+        self.all_times = Linear(torch.cat(weights), torch.cat(biases), torch.float32)
+
+    def times(self, emb: Tensor) -> dict[Residual, Tensor]:
+        """SiLU of embedded times [T,D] => what each residual block is told, by one product."""
+        told = self.all_times(emb).to(self.dtype).split(self.widths, dim=1)
+        return dict(zip(self.timed, told, strict=True))
 
 
 class Prepared:
@@ -103,8 +138,9 @@ class Prepared:
     def __call__(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """As `UNet.forward`, with the same ValueErrors."""
         self.unet.check(x, t, cond)
-        layers, told = self.layers(x.shape), self._told(t, cond)
-        if len(told.emb) == 1 and told.words and twins(x):
+        layers = self.layers(x.shape)
+        told = self._told(layers, t, cond)
+        if told.at_once and told.words and twins(x):
             x = x[: len(x) // 2]
         x = layers.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
@@ -128,10 +164,10 @@ class Prepared:
             self._came = Came(self.reuse - 1, x, told.words)
         return x
 
-    def _told(self, t: Tensor, cond: Cond) -> Told:
+    def _told(self, layers: Layers, t: Tensor, cond: Cond) -> Told:
         emb = self.unet.embed(t[:1] if bool((t == t[0]).all()) else t, cond)
         bias = None if cond.mask is None else mask_bias(cond.mask).to(self.dtype)
-        return Told(F.silu(emb), self._words(cond), bias, len(t))
+        return Told(layers.times(F.silu(emb)), len(emb) == 1, self._words(cond), bias, len(t))
 
     def _words(self, cond: Cond) -> Words:
         """Keys and values of the prompt, computed anew when another condition comes."""
@@ -143,9 +179,18 @@ class Prepared:
             last = self._last = cond.tokens, {layer: self._read(layer, cond.tokens) for layer in read}
         return last[1]
 
-    def _read(self, layer: Attention, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = (part(tokens).to(self.dtype) for part in (layer.to_k, layer.to_v))
-        return split(k, layer.heads).contiguous(), split(v, layer.heads).contiguous()
+    def _read(self, layer: Attention, tokens: Tensor) -> Apart | Folded:
+        k, v = (split(part(tokens), layer.heads) for part in (layer.to_k, layer.to_v))
+        samples, heads, length, width = k.shape
+        channels = heads * width
+        if heads * length > channels or 8 * samples * heads * length * channels > LARGEST:
+            return Apart(k.to(self.dtype).contiguous(), v.to(self.dtype).contiguous())
+        out = layer.to_out[0]
+        assert isinstance(out, nn.Linear)
+        queries, back = layer.to_q.weight.unflatten(0, (heads, -1)), out.weight.unflatten(1, (heads, -1))
+        scores = torch.einsum("hdc,bhld->bchl", queries, k).flatten(2) * width**-0.5
+        seen = torch.einsum("bhld,chd->bhlc", v, back).flatten(1, 2)
+        return Folded(scores.to(self.dtype).contiguous(), seen.to(self.dtype).contiguous())
 
 
 class Came(NamedTuple):
@@ -173,7 +218,7 @@ class Level:
         self.upsamplers = [(Doubling(conv, dtype), Conv(conv, dtype)) for conv in above]
 
     def layer(self, i: int, x: Tensor, told: Told) -> Tensor:
-        x = self.resnets[i](x, self.resnets[i].time_of(told.emb))
+        x = self.resnets[i](x, told.times[self.resnets[i]])
         return self.attentions[i](x, told) if i < len(self.attentions) else x
 
     def layers(self, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
@@ -238,7 +283,7 @@ class Attending:
         x = self.first(self.norm1(x), x, told)
         x = self.second(self.norm2(x), x, told)
         y = self.norm3(x)
-        return self.contract.onto(self.value(y).mul_(self.gate.gelu(y)), x)
+        return self.contract.onto(self.value.times(y, self.gate.gelu(y)), x)
 
 
 class ToPixels:
@@ -262,9 +307,19 @@ class ToPrompt:
         self.to_q, self.out = Linear.of(layer.to_q, dtype), Linear.of(layer.to_out[0], dtype)  # type: ignore[arg-type]
 
     def __call__(self, x: Tensor, rest: Tensor, told: Told) -> Tensor:
+        words = told.words[self.layer]
+        if isinstance(words, Folded):
+            return self._folded(x, rest, words, told)
         q = widened(split(self.to_q(x), self.heads), told.samples)
-        seen = attend(q, *told.words[self.layer], told.bias)
+        seen = attend(q, *words, told.bias)
         return self.out.onto(joined(seen), widened(rest, told.samples))
+
+    def _folded(self, x: Tensor, rest: Tensor, words: Folded, told: Told) -> Tensor:
+        scores = torch.bmm(widened(x, told.samples), words.scores).unflatten(-1, (self.heads, -1))
+        if told.bias is not None:
+            scores += told.bias.transpose(1, 2)
+        seen = widened(rest, told.samples).add(self.out.bias)  # type: ignore[arg-type]
+        return torch.baddbmm(seen, scores.softmax(-1).flatten(2), words.seen)
 
 
 class LayerNorm:

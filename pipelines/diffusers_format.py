@@ -21,7 +21,7 @@ from autoencoder.untrusted import inside, read_json
 from ldm.conditioning import ClassLabels, Conditioner, Text, join, labels_of, text_of
 from ldm.config import UserError
 from ldm.encoders import quietly
-from ldm.masks import palette
+from ldm.palette import palette
 from ldm.prediction import make_prediction
 from ldm.tasks import Inpaint, Segment, Task, from_json, to_json
 from ldm.unet import UNet
@@ -101,7 +101,7 @@ def _save_text(text: Text, fresh: Path, *, stock: bool) -> dict[str, Any]:
 
 def tokenizer_class(tokenizer: Any) -> str:
     """The name under which every transformers release has the tokenizer's class."""
-    name = type(tokenizer).__name__
+    name = getattr(tokenizer, "stock_class", type(tokenizer).__name__)
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name
 
 

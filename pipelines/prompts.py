@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ldm.conditioning import Text
 from ldm.config import UserError
+from ldm.tokens import encodings
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -97,8 +98,7 @@ def unread(text: Text, caption: str) -> tuple[str, list[str]]:
     """The end of a caption that the encoder, or one of two, is not told, mostly ""; and the `strange_words` before."""
     rests, strange = [""], []
     for tokenizer in text.tokenizers:
-        limit = tokenizer.model_max_length
-        told = tokenizer([caption], padding="max_length", truncation=True, max_length=limit).encodings[0]
+        told = encodings(tokenizer, [caption])[0]
         strange += strange_words(told, caption, tokenizer.unk_token_id)
         for over in told.overflowing[:1]:
             words = zip(over.offsets, over.special_tokens_mask, strict=True)

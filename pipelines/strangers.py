@@ -7,9 +7,11 @@ folder is run, and no file outside of it is opened.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file
 
 from autoencoder.untrusted import (
     bounded,
@@ -20,6 +22,7 @@ from autoencoder.untrusted import (
     require_memory,
     weight_files,
 )
+from ldm import text_encoders, tokens
 from ldm.encoders import Encoder, encoder_class, quietly
 
 TOKENIZER_BYTES = 50_000_000  # of tokenizer.json
@@ -48,8 +51,6 @@ def load_encoder(model: Path, end: str) -> Encoder:
         ValueError: a class that is not on the list, code, links or names that lead out of the folder, tensors that
             are missing, unexpected, misshapen, not finite or too large, or a tokenizer that does not fit.
     """
-    from transformers import AutoConfig, AutoModel
-
     network = inside(model, f"text_encoder{end}")
     for path in sorted(network.iterdir()):
         inside(network, path.name)
@@ -58,10 +59,27 @@ def load_encoder(model: Path, end: str) -> Encoder:
         raise ValueError(
             f"{network} has an adapter_config.json, which names weights elsewhere; it is not read."
         )
-    shape = AutoConfig.for_model(**told)
-    made = encoder_class(shape, projects=bool(end))
     files = weight_files(network, "model.safetensors")
     header = {name: size for file in files for name, size in read_header(file).items()}
+    encoder: Any = text_encoders.fitting(told, header, str(network / "config.json"), projects=bool(end))
+    if encoder is None:
+        encoder = from_transformers(network, told, header, projects=bool(end))
+    else:
+        require_memory(sum(map(math.prod, header.values())), str(network))
+        encoder.fill({name: tensor for file in files for name, tensor in load_file(file).items()})
+    encoder.eval()
+    require_finite(encoder.state_dict(), network)
+    return Encoder(load_tokenizer(inside(model, f"tokenizer{end}"), encoder), encoder)
+
+
+def from_transformers(
+    network: Path, told: dict[str, Any], header: Mapping[str, tuple[int, ...]], *, projects: bool
+) -> Any:
+    """The encoder in a folder as `transformers` reads it; ValueError as for `load_encoder`."""
+    from transformers import AutoConfig, AutoModel
+
+    shape = AutoConfig.for_model(**told)
+    made = encoder_class(shape, projects)
     with bounded(len(header), str(network / "config.json")):
         empty = made.from_config(shape) if made is AutoModel else made(made.config_class.from_dict(told))
     elements, held = sum(p.numel() for p in empty.parameters()), sum(map(math.prod, header.values()))
@@ -79,15 +97,11 @@ def load_encoder(model: Path, end: str) -> Encoder:
         reason = " ".join(str(problem).split())[:300]
         raise ValueError(f"{network}: the weights do not fit config.json ({reason}).") from None
     require_complete(network, found)
-    encoder = encoder.float().eval()
-    require_finite(encoder.state_dict(), network)
-    return Encoder(load_tokenizer(inside(model, f"tokenizer{end}"), encoder), encoder)
+    return encoder.float()
 
 
 def load_tokenizer(folder: Path, encoder: Any) -> Any:
     """The tokenizer in a folder, if its words and lengths are those of the encoder; ValueError if they are not."""
-    from transformers import AutoTokenizer
-
     for path in sorted(folder.iterdir()):
         inside(folder, path.name)
         if path.suffix == ".json":
@@ -98,8 +112,12 @@ def load_tokenizer(folder: Path, encoder: Any) -> Any:
     length = told.get("model_max_length")
     if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
         raise ValueError(f"{folder}: model_max_length is {length!r}, but must be from 1 to {MAX_LENGTH}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer("a")  # if its parts do not fit each other, it fails now
+    tokenizer: Any = tokens.fitting(folder, told)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokens.encodings(tokenizer, ["a"])  # if its parts do not fit each other, it fails now
     rows = encoder.get_input_embeddings().weight.shape[0]
     if (most := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise ValueError(f"{folder} has words up to number {most:,}, but the text encoder only {rows:,}.")

@@ -25,7 +25,7 @@ from ldm import random
 from ldm.checks import require_int
 from ldm.degradations import compressed, noise_level
 from ldm.guidance import Guidance, guided
-from ldm.masks import named, palette
+from ldm.palette import named, palette
 from ldm.paths import Grid, Level, Spacing
 from ldm.pictures import to_images, to_tensor
 from ldm.samplers import Denoise

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("torch_fidelity", reason="the figures are torch-fidelity's")
 
 from autoencoder.metrics import psnr
 from autoencoder.vq import VQConfig, VQModel
+from ldm.conditioning import Unconditional
 from ldm.config import UserError
 from ldm.data import DataConfig, open_source
 from ldm.pictures import to_tensor
@@ -25,6 +27,7 @@ from pipelines.cli import main as ldm
 from pipelines.evaluation.bench import Evaluation, require_fitting
 from pipelines.evaluation.classifier import train_recogniser
 from pipelines.evaluation.extractors import open_extractor
+from pipelines.evaluation.generation import Drawing
 from pipelines.evaluation.subjects import open_subject, reconstructed
 from pipelines.stages.stage_one import data_at
 from tests.support import DRAWING, JUDGED, SIDE, ran, values
@@ -80,10 +83,13 @@ def test_raw_weights_are_others_and_the_result_lies_in_the_run(
     chain: Path, asked: list[str], result: Path
 ) -> None:
     words = ["evaluate", str(chain / "ldm"), *asked, *DRAWING, "--training-split", "none", "--raw"]
-    ldm(words)
-    (file,) = (chain / "ldm" / "evaluations").glob("step-00000006-test-n17-untrained-raw-*.json")
+    ldm([*words, "--interval", "0.5", "4"])
+    (file,) = (chain / "ldm" / "evaluations").glob(
+        "step-00000006-test-n17-untrained-raw-*-interval0.5to4*.json"
+    )
     mine, theirs = (json.loads(f.read_text()) for f in (file, result))
     assert mine["protocol"]["weights"] == "raw" and "memorisation" in mine["left_out"]
+    assert mine["protocol"]["interval"] == [0.5, 4] and "interval" not in theirs["protocol"]
     assert mine["model"]["unet_sha256"] != theirs["model"]["unet_sha256"]
     assert mine["model"]["autoencoder_sha256"] == theirs["model"]["autoencoder_sha256"]
 
@@ -197,6 +203,14 @@ def test_what_a_model_for_one_task_is_measured_with_is_said(model: LatentDiffusi
         require_fitting(Evaluation(data=DataConfig()), replace(model, task=Restore()))
 
 
+@pytest.mark.parametrize("asked", [{"guidance": 2.0}, {"interval": (0.5, 4.0)}])
+def test_a_model_that_is_told_nothing_is_not_guided(model: LatentDiffusion, asked: dict[str, Any]) -> None:
+    nothing = replace(model, conditioner=Unconditional())
+    assert Drawing().scale(nothing) == 1 and Drawing().scale(model) == 4
+    with pytest.raises(ValueError, match="leave out --guidance and --interval"):
+        Drawing(**asked).by(nothing)
+
+
 SWEEP = ("--model", "{ldm}", "--data", "{data}", "--extractor", "none", "--out", "/nowhere/x.png")
 
 
@@ -239,6 +253,8 @@ SWEEP = ("--model", "{ldm}", "--data", "{data}", "--extractor", "none", "--out",
         (["sweep", "sampler", "ddim", "foo", *SWEEP], "sampler is 'foo'"),
         (["sweep", "steps", "1", "0", *SWEEP], "steps is 0"),
         (["sweep", "guidance", "1", "nan", *SWEEP], "guidance scale is nan"),
+        (["sweep", "guidance", "2", "1", "--interval", "0.5", "4", *SWEEP], "--interval says how to guide"),
+        (["sweep", "steps", "1", "--interval", "4", "0.5", *SWEEP], "interval is (4.0, 0.5)"),
         (["compare", "/nowhere.json", "/nowhere.json"], "/nowhere.json can't be read"),
         (
             ["compare", "{ldm}/model/model_index.json", "{ldm}/model/model_index.json"],

@@ -18,7 +18,7 @@ from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.packed import Kept
 from ldm.conditioning import ClassLabels, Cond
 from ldm.ema import EMA
-from ldm.fast import Layers, Prepared
+from ldm.fast import Apart, Folded, Layers, Prepared
 from ldm.paths import VP
 from ldm.prediction import make_prediction
 from ldm.unet import UNet, UNetConfig
@@ -31,9 +31,8 @@ SIZES = [(8, 8), (10, 14), (9, 13), (3, 5)]
 @pytest.fixture(params=["packed", "winograd", "plain"])
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With oneDNN's operators, fewer multiplications or not, and as on a machine where they are missing."""
-    monkeypatch.setattr(
-        winograd, "pays", lambda conv, x: request.param == "winograd" and conv.dtype == torch.float32
-    )
+    by_tiles = request.param == "winograd"
+    monkeypatch.setattr(winograd.Quick, "pays", lambda conv, x: by_tiles and conv.dtype == torch.float32)
     if request.param == "plain":
         monkeypatch.setattr(packed, "packs", lambda dtype: False)
     elif not packed.packs(torch.float32):
@@ -64,14 +63,18 @@ def test_the_same_on_every_shape(name: str, kind: str) -> None:
 
 
 def test_masked_tokens_and_many_prompts() -> None:
-    """Keys and values are those of the prompt that is given, whatever came before."""
+    """Keys and values are those of the prompt that is given, whatever came before; folded or not."""
     plain = unet("sd15")
     fast = Prepared(plain)
+    ways = set()
     x, t, cond = inputs(plain.config)
     masked = cond._replace(mask=torch.tensor([[True] * 4 + [False] * 3, [False] * 7]))
     longer = Cond(tokens=torch.cat([cond.tokens, cond.tokens], dim=1))
     for told in (cond, masked, cond, longer, masked):
         assert difference(fast(x, t, told), plain(x, t, told)) <= 1e-5
+        assert fast._last is not None
+        ways |= {type(words) for words in fast._last[1].values()}
+    assert ways == {Apart, Folded}
 
 
 def test_twins_are_one_until_the_prompt_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from PIL import Image
 from autoencoder.kl import AutoencoderKL
 from ldm.config import UserError
 from ldm.data import DataConfig, ScenesConfig, open_source
-from ldm.masks import Masks, coloured, named, palette, with_classes
+from ldm.masks import Masks, with_classes
+from ldm.palette import coloured, named, palette
 from ldm.pictures import BadPicture, to_tensor
 from ldm.sampling import Pixels
 from ldm.tasks import (

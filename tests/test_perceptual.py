@@ -97,11 +97,10 @@ def test_weights_are_found_in_torch_hubs_cache_and_on_the_hub(
     wanted, config = make(squeeze)(x, y), PerceptualConfig(weight=1.0, network="squeeze")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setitem(perceptual.HUB, "squeeze", "owner/squeeze")
-    monkeypatch.setattr(
-        perceptual, "hf_hub_download", lambda *name: {("owner/squeeze", "model.safetensors"): squeeze}[name]
-    )
+    hub = {("owner/squeeze", "model.safetensors"): squeeze}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *name: hub[name])
     assert torch.equal(Perceptual(config, CPU)(x, y), wanted)
-    monkeypatch.delattr(perceptual, "hf_hub_download")
+    hub.clear()
     torch.save(classifier("squeeze").state_dict(), tmp_path / "weights.pth")
     digest = hashlib.sha256((tmp_path / "weights.pth").read_bytes()).hexdigest()
     stock = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.value

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from autoencoder import files, store
+from autoencoder import files
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.store import CONFIG, INDEX, WEIGHTS, find_folder, weight_hash
 
@@ -166,7 +166,7 @@ def test_hub_names_download_only_what_is_needed(folder: Path, monkeypatch: pytes
         asked.append((repository, allow_patterns[0]))
         return str(folder.parent)
 
-    monkeypatch.setattr(store, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert find_folder("some-body/model.1") == folder.parent
     assert find_folder("some-body/model.1/vae") == folder
     assert asked == [("some-body/model.1", "config.json"), ("some-body/model.1", "vae/config.json")]
@@ -176,7 +176,7 @@ def test_an_unknown_hub_name_is_refused_in_one_sentence(monkeypatch: pytest.Monk
     def offline(*_: object, **__: object) -> str:
         raise FileNotFoundError("no such name\nand much more")
 
-    monkeypatch.setattr(store, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(FileNotFoundError) as caught:
         AutoencoderKL.from_pretrained("nobody/nothing")
     assert str(caught.value) == (

@@ -74,8 +74,7 @@ def sampling_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--sampler", help="by default the one the model names")
     reader.add_argument("--spacing", help="of the steps, such as karras; by default the model's")
     guidance_option(reader, 4.0)
-    help = "guide only where LOW < sigma / alpha <= HIGH, such as 0.3 3: faster, more variety"
-    reader.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
+    interval_option(reader)
     help = "share of the guided output brought back to its usual deviation, such as 0.7, against glare"
     reader.add_argument("--rescale", type=float, metavar="X", help=help)
     help = "leave out what only raises contrast (adaptive projected guidance), for high scales"
@@ -90,6 +89,11 @@ def guidance_option(reader: argparse.ArgumentParser, usual: float = 1.0) -> None
     help = f"scale of guidance, 1 is none (default {usual:g}); for models that are told something"
     reader.add_argument("--guidance", type=float, help=help)
     reader.set_defaults(usual_guidance=usual)
+
+
+def interval_option(reader: argparse.ArgumentParser) -> None:
+    help = "guide only where LOW < sigma / alpha <= HIGH, such as 0.3 3: faster, more variety"
+    reader.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=help)
 
 
 def seed_option(reader: argparse.ArgumentParser) -> None:

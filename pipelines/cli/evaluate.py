@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoencoder.files import require_replaceable, require_writable
 from ldm.config import UserError
-from pipelines.cli.draw import MODEL
+from pipelines.cli.draw import MODEL, interval_option
 from pipelines.cli.out import FIGURES, require_picture, speed_options
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def evaluation_options(reader: argparse.ArgumentParser, model: bool = True) -> N
 def drawing_options(reader: argparse.ArgumentParser) -> None:
     reader.add_argument("--steps", type=int, default=30, help="sampling steps (default 30)")
     reader.add_argument("--sampler", help="by default the one the model names")
-    reader.add_argument(
-        "--guidance", type=float, default=4.0, help="scale of guidance, 1 is none (default 4)"
-    )
+    help = "scale of guidance, 1 is none (default 4); for models that are told something"
+    reader.add_argument("--guidance", type=float, help=help)
+    interval_option(reader)
     reader.add_argument("--seed", type=int, default=0, help="picture i is drawn from seed + i (default 0)")
     speed_options(reader)
 
@@ -123,7 +123,8 @@ def drawing(options: argparse.Namespace) -> Drawing:
     from pipelines.evaluation.generation import Drawing
 
     asked = ("steps", "sampler", "guidance", "seed", "precision", "reuse")
-    return Drawing(**{name: getattr(options, name) for name in asked})
+    interval = options.interval and tuple(options.interval)
+    return Drawing(**{name: getattr(options, name) for name in asked}, interval=interval)
 
 
 def evaluation(options: argparse.Namespace) -> Evaluation:

@@ -84,7 +84,7 @@ def require_fitting(what: Evaluation, model: LatentDiffusion | AutoencoderKL | V
     if not draws and (what.clip or what.drawing != Drawing()):
         raise UserError(
             "The model is an autoencoder, which draws nothing; leave out --clip, --steps, --sampler, --guidance, "
-            "--seed, --precision and --reuse."
+            "--interval, --seed, --precision and --reuse."
         )
     if what.size is not None and what.size < 1:
         raise UserError(f"--size is {what.size}, but must be at least 1.")

@@ -70,7 +70,8 @@ def usual_name(bench: Bench) -> Path:
         parts += [
             drawing.sampler or subject.model.sampler,
             f"steps{drawing.steps}",
-            f"guidance{drawing.guidance:g}",
+            f"guidance{drawing.scale(subject.model):g}",
+            *(["interval{:g}to{:g}".format(*drawing.interval)] if drawing.interval else []),
             *([f"seed{drawing.seed}"] if drawing.seed else []),
             *([drawing.precision] if drawing.precision != "f32" else []),
             *([f"reuse{drawing.reuse}"] if drawing.reuse > 1 else []),

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.checks import require_int
-from ldm.conditioning import labels_of, text_of
+from ldm.conditioning import Unconditional, labels_of, text_of
 from ldm.config import UserError
 from ldm.data import Source
 from ldm.device import Precision
@@ -36,8 +36,10 @@ class Drawing:
     """Sampling steps"""
     sampler: str | None = None
     """By default the model's"""
-    guidance: float = 4.0
-    """Scale of classifier-free guidance; 1 is none"""
+    guidance: float | None = None
+    """Scale of classifier-free guidance; 1 is none. By default 4, or 1 for a model that is told nothing"""
+    interval: tuple[float, float] | None = None
+    """Guide where interval[0] < sigma / alpha <= interval[1]; by default everywhere"""
     seed: int = 0
     """Picture i is drawn from seed + i"""
     precision: Precision = "f32"
@@ -47,9 +49,25 @@ class Drawing:
     def by(self, model: LatentDiffusion) -> LatentDiffusion:
         """The model, told to draw in this precision and with this reuse; ValueError if it can't draw so."""
         drawer = replace(model, precision=self.precision, reuse=self.reuse)
-        Guidance(scale=self.guidance)
+        if self.interval and self.scale(model) == 1:
+            raise ValueError("--interval says how to guide, but the scale of guidance is 1, which is none")
+        self.guided(model)
         drawer.sampler_for(self.sampler, self.steps, model.latent_shape(None))
         return drawer
+
+    def scale(self, model: LatentDiffusion) -> float:
+        """Of guidance; ValueError if there is nothing to be guided by."""
+        if not isinstance(model.conditioner, Unconditional):
+            return 4.0 if self.guidance is None else self.guidance
+        if self.guidance is not None or self.interval:
+            raise ValueError(
+                "this model is told nothing to be guided by; leave out --guidance and --interval"
+            )
+        return 1.0
+
+    def guided(self, model: LatentDiffusion) -> Guidance:
+        plain = Guidance(scale=self.scale(model))
+        return replace(plain, interval=self.interval) if self.interval else plain
 
 
 class Share:
@@ -117,7 +135,7 @@ def spread_out(count: int, of: int) -> list[int]:
 
 def draw(model: LatentDiffusion, say: dict[str, list[str]], share: Share, how: Drawing) -> Tensor:
     """The pictures of this process, uint8 [own,3,H,W]; picture i is told what `say` has in place i."""
-    settings: dict[str, Any] = {"steps": how.steps, "sampler": how.sampler, "guidance": how.guidance}
+    settings: dict[str, Any] = {"steps": how.steps, "sampler": how.sampler, "guidance": how.guided(model)}
     drawer = how.by(model)
 
     def make(rows: range) -> list[Tensor]:

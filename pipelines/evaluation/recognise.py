@@ -49,7 +49,7 @@ def recognise(model: str, path: str, out: Path, each: int, drawing: Drawing) -> 
         progress=True,
         steps=drawing.steps,
         sampler=drawing.sampler,
-        guidance=drawing.guidance,
+        guidance=drawing.guided(drawer),
         seed=drawing.seed,
     )
     truth = [name for name in recogniser.classes for _ in range(each)]

@@ -105,6 +105,7 @@ def in_short(result: dict[str, Any], setting: Setting) -> str:
     """What all points of a plot have in common, in a line."""
     how = result["protocol"]
     kept = [f"{name} {how[name]}" for name in ("sampler", "steps", "guidance") if name != setting]
+    kept += ["interval {:g} to {:g}".format(*how["interval"])] if "interval" in how else []
     kept += [f"reuse {how['reuse']}"] if how.get("reuse", 1) > 1 else []
     kept.append(how["precision"])
     real = f"{how['reference']['pictures']:,} real ones of split {how['reference']['split']}"

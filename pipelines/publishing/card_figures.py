@@ -128,6 +128,8 @@ def in_a_line(protocol: Mapping[str, Any]) -> str:
     real = protocol["reference"]
     judges = [f"{name} ({said['weights_sha256'][:12]})" for name, said in protocol["extractors"].items()]
     drawn = ", ".join(f"{key} {protocol[key]}" for key in ("guidance", "sampler", "steps", "seeds"))
+    if "interval" in protocol:
+        drawn += ", guided where {:g} < sigma / alpha <= {:g}".format(*protocol["interval"])
     drawn += f", reuse {protocol['reuse']}" if protocol.get("reuse", 1) > 1 else ""
     return (
         f"{protocol['n']} pictures of {protocol['size']} against {real['pictures']} (sha256 "

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ldm.data import DataConfig
-from ldm.masks import palette
+from ldm.palette import palette
 from ldm.tasks import Inpaint, Restore, Segment, Task, Upscale
 from pipelines.evaluation.memorisation import Copies
 from pipelines.publishing.gate import Proof
