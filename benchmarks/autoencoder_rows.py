@@ -21,10 +21,9 @@ from benchmarks.models import (
     normal,
     precisions,
 )
-from benchmarks.timing import Case
+from benchmarks.timing import Case, Giving, Keeping
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
 from ldm.device import Precision, to_decode
-from ldm.memory import keep_freed
 
 
 def passes(size: Shape) -> Iterator[Case]:
@@ -74,7 +73,6 @@ def stock_decode(model: Any, latents: Tensor) -> Tensor:
 
 def training(size: Shape) -> Iterator[Case]:
     """Forward, L2 + KL, backward, AdamW, on pixels at hand; memory as for the U-Net."""
-    keep_freed()
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
     for precision, dtype in precisions().items():
         ours, peer = autoencoders(size)
@@ -84,9 +82,9 @@ def training(size: Shape) -> Iterator[Case]:
         compile_parts(ours, graphs=False)
         yield Case(
             name=f"autoencoder training step, {precision}",
-            ours=partial(our_step, ours, pixels, noise, stepper(ours), cast),
-            peer=partial(stock_step, peer, pixels, noise, stepper(peer), cast),
-            fast_peer=partial(stock_step, fast, pixels, noise, stepper(fast), cast),
+            ours=Keeping(partial(our_step, ours, pixels, noise, stepper(ours), cast)),
+            peer=Giving(partial(stock_step, peer, pixels, noise, stepper(peer), cast)),
+            fast_peer=Keeping(partial(stock_step, fast, pixels, noise, stepper(fast), cast)),
             target=1.4,
             unit=8,
             precision=dtype,

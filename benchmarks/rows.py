@@ -34,7 +34,7 @@ ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
     unet_rows.sampling,
     unet_rows.hasty,
     autoencoder_rows.passes,
-    unet_rows.training,  # from here on freed memory is kept, for both sides
+    unet_rows.training,  # after it the C library keeps what is freed, for both sides
     autoencoder_rows.training,
     loop_rows.loops,
     loop_rows.stock_loops,

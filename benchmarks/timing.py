@@ -13,7 +13,34 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.memory import keep_freed, malloc_thresholds
+
 Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Work on a CPU whose freed memory the C library keeps for what comes next, as our runs have it."""
+
+    work: Work
+
+    def __call__(self) -> Any:
+        return self.work()
+
+    def settle(self) -> None:
+        """What each of its turns begins with, not timed: the setting, and once the work, as the side before may have
+        given back what it freed."""
+        keep_freed()
+        self.work()
+
+
+class Giving(Keeping):
+    """Work on a CPU with glibc's own thresholds, as in a program that sets nothing: they grow with what is freed, and
+    these are the largest that they come to, so that the fewest pages are taken anew."""
+
+    def settle(self) -> None:
+        malloc_thresholds(mmap=32 * 2**20, trim=64 * 2**20)
+        self.work()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +166,8 @@ def in_turns(sides: list[Work], effort: Effort) -> list[list[float]]:
 
 
 def seconds(work: Work) -> float:
+    if isinstance(work, Keeping) and not torch.cuda.is_available():
+        work.settle()
     synchronise()
     start = time.perf_counter()
     work()

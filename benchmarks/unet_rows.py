@@ -27,12 +27,11 @@ from benchmarks.models import (
     unets,
     usual,
 )
-from benchmarks.timing import Case
+from benchmarks.timing import Case, Giving, Keeping
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_draw
 from ldm.guidance import Guidance, guided
-from ldm.memory import keep_freed
 from ldm.paths import VP
 from ldm.prediction import make_prediction
 from ldm.samplers import SAMPLERS
@@ -163,9 +162,10 @@ def stock_loop(unet: Any, sampler: str, steps: int, cond: Cond, null: Cond, nois
 
 
 def training(size: Shape) -> Iterator[Case]:
-    """Forward, loss, backward, AdamW of the U-Net alone, on latents and text states at hand. On a CPU both sides keep
-    what memory they free, as our runs do."""
-    keep_freed()
+    """Forward, loss, backward, AdamW of the U-Net alone, on latents and text states at hand.
+
+    What is freed is kept for the next step on our side, as our runs have it, and on that of the peer with its fast
+    settings; the peer as it comes has the C library as it comes."""
     side, batch = size.latents[0], 16
     x, target, cond = normal(batch, 4, side, side), normal(batch, 4, side, side, seed=3), told(size, batch)
     t = torch.linspace(1, 999, batch, device=device())
@@ -175,9 +175,13 @@ def training(size: Shape) -> Iterator[Case]:
         compile_parts(ours, graphs=False)
         yield Case(
             name=f"latent training step, network alone, {precision}",
-            ours=partial(train, partial(ours, x, t, cond), target, stepper(ours), cast),
-            peer=partial(train, partial(stock_forward, peer, x, t, cond), target, stepper(peer), cast),
-            fast_peer=partial(train, partial(stock_forward, fast, x, t, cond), target, stepper(fast), cast),
+            ours=Keeping(partial(train, partial(ours, x, t, cond), target, stepper(ours), cast)),
+            peer=Giving(
+                partial(train, partial(stock_forward, peer, x, t, cond), target, stepper(peer), cast)
+            ),
+            fast_peer=Keeping(
+                partial(train, partial(stock_forward, fast, x, t, cond), target, stepper(fast), cast)
+            ),
             target=1.3,
             unit=batch,
             precision=dtype,

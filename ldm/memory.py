@@ -63,9 +63,15 @@ def keep_freed() -> None:
     Each step of training takes and frees the same. Given back to the system in between, large tensors come anew with
     tens of thousands of page faults a step, up to 11 % of a step on a CPU (docs/log.md).
     """
+    malloc_thresholds(mmap=32 * 2**20, trim=2**31 - 1)  # the most that it takes
+
+
+def malloc_thresholds(*, mmap: int, trim: int) -> None:
+    """Bytes from which glibc asks the system for each block alone, and which may lie free at the end of its heap before
+    they are given back. Where the C library is another, nothing is done."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most that it takes
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, mmap)
+        mallopt(M_TRIM_THRESHOLD, trim)
 
 
 class Saved:

@@ -8,11 +8,11 @@ import torch
 pytest.importorskip("diffusers", reason="the benchmark's other side")
 
 from autoencoder.packed import Kept
-from benchmarks import models
+from benchmarks import models, timing
 from benchmarks.__main__ import for_a_gpu, measured
 from benchmarks.autoencoder_rows import passes
 from benchmarks.models import SMALL, Shape, told, unets
-from benchmarks.timing import Case, Effort, Row
+from benchmarks.timing import Case, Effort, Giving, Keeping, Row
 from benchmarks.unet_rows import forward, our_loop, stock_loop
 from ldm.guidance import Guidance
 
@@ -38,6 +38,16 @@ def test_a_row() -> None:
     assert row["difference"] == 0.25
     assert row["ratio"] > row["fast_ratio"] > 1
     assert row["per_second"] == pytest.approx(2 / row["ours_s"])
+
+
+def test_each_side_has_its_own_memory_in_its_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(timing, "keep_freed", lambda: done.append("keep"))
+    monkeypatch.setattr(timing, "malloc_thresholds", lambda *, mmap, trim: done.append(trim))
+    sides = Keeping(lambda: done.append("ours")), Giving(lambda: done.append("peer"))
+    timing.in_turns([*sides], Effort(seconds=0, least=2))
+    assert done == 2 * ["keep", "ours", "ours", 64 * 2**20, "peer", "peer"]
 
 
 def test_both_sides_draw_the_same() -> None:
