@@ -9,16 +9,18 @@ Shapes: B batch, C and O channels in and out, H x W pixels of the map, N pixels 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 SEEN = torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
 """Weights of a row => weights of the map, and of its differences for even and for odd values"""
-BOTH = slice(1, None)
-KINDS: tuple[tuple[int | slice, int | slice], ...] = (0, 0), (BOTH, 0), (0, BOTH), (BOTH, BOTH)
+OWN, BOTH = (0, 0), slice(1, None)
+KINDS: tuple[tuple[int | slice, int | slice], ...] = OWN, (BOTH, 0), (0, BOTH), (BOTH, BOTH)
 """Which weights, by row and column, belong to each of the maps that `differences` gives"""
 WIDE = 32
 """Channels from which it is faster (docs/log.md)"""
@@ -32,9 +34,13 @@ def pays(x: Tensor, conv: nn.Conv2d) -> bool:
 def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a 3x3 convolution of padding 1 makes of a map [B,C,H,W] doubled: [B,O,2H,2W], channels-last."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    weights = torch.einsum("ak,bl,oikl->aboi", SEEN, SEEN, conv.weight.float()).to(dtype)
     assert conv.bias is not None
-    return Doubled.apply(x.to(dtype), weights, conv.bias.to(dtype))  # type: ignore[no-any-return, no-untyped-call]
+    return Doubled.apply(x.to(dtype), by_kinds(conv.weight).to(dtype), conv.bias.to(dtype))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def by_kinds(weight: Tensor) -> Tensor:
+    """Of a convolution [O,C,3,3] => [3,3,O,C] by SEEN for rows and columns, in float32."""
+    return torch.einsum("ak,bl,oikl->aboi", SEEN, SEEN, weight.float())
 
 
 class Doubled(torch.autograd.Function):
@@ -43,18 +49,11 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weights)
-        maps = differences(x.permute(0, 2, 3, 1))
-        samples, height, width, _ = maps[0].shape
-        own, rows, columns, both = (products(map_, weights[at]) for map_, at in zip(maps, KINDS, strict=True))
-        own += bias
-        made = x.new_empty(samples, height, 2, width, 2, len(bias))
-        for q in (0, 1):  # column odd?
-            here = columns[q, :, :, q : q + width].add_(own[0])
-            for p in (0, 1):  # row odd?
-                there = both[2 * p + q, :, p : p + height, q : q + width]
-                there += rows[p, :, p : p + height]
-                torch.add(here, there, out=made[:, :, p, :, q])
-        return made.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+        def product(map_: Tensor, row: int, column: int) -> Tensor:
+            return F.linear(map_, weights[row, column], bias if (row, column) == OWN else None)
+
+        return of_products(x, product)
 
     @staticmethod
     @once_differentiable  # what is saved here has no gradient of its own
@@ -67,6 +66,27 @@ class Doubled(torch.autograd.Function):
             into.append((part @ weight).view(map_.shape))
             of_weights[at] = (part.T @ map_.flatten(0, 2)).view(weights[at].shape)
         return together(into).permute(0, 3, 1, 2), of_weights, parts[0].sum(0)
+
+
+def of_products(x: Tensor, product: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """What the convolution makes of a map [B,C,H,W]: [B,O,2H,2W], channels-last.
+
+    Args:
+        product: of pixels [B,*,*,C] with the weights by row and column of SEEN, a fresh [B,*,*,O]; that of `OWN`
+            with the bias.
+    """
+    map_, of_rows, of_columns, of_both = differences(x.permute(0, 2, 3, 1))
+    samples, height, width, _ = map_.shape
+    own = product(map_, *OWN)
+    rows = [product(of_rows, 1 + p, 0) for p in (0, 1)]
+    made = x.new_empty(samples, height, 2, width, 2, own.shape[-1])
+    for q in (0, 1):  # column odd?
+        here = product(of_columns, 0, 1 + q)[:, :, q : q + width].add_(own)
+        for p in (0, 1):  # row odd?
+            there = product(of_both, 1 + p, 1 + q)[:, p : p + height, q : q + width]
+            there += rows[p][:, p : p + height]
+            torch.add(here, there, out=made[:, :, p, :, q])
+    return made.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def differences(x: Tensor) -> tuple[Tensor, ...]:
@@ -83,13 +103,6 @@ def stepped(x: Tensor, dim: int) -> Tensor:
     torch.sub(x.narrow(dim, 1, last), x.narrow(dim, 0, last), out=made.narrow(dim, 1, last))
     torch.neg(x.narrow(dim, last, 1), out=made.narrow(dim, last + 1, 1))
     return made
-
-
-def products(x: Tensor, weights: Tensor) -> Tensor:
-    """[B,*,*,C], weights [...,O,C] of K kinds => [K,B,*,*,O]: kind by kind, so that what is added lies together."""
-    weights = weights.flatten(0, -3) if weights.dim() > 2 else weights[None]
-    pixels = x.view(1, -1, x.shape[-1]).expand(len(weights), -1, -1)
-    return torch.bmm(pixels, weights.mT).view(-1, *x.shape[:3], weights.shape[1])
 
 
 def gathered(gradient: Tensor) -> list[Tensor]:

@@ -197,20 +197,6 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
-def folded(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight [4 out, in, 2, 2] and bias [4 out] that do to a map what a 3x3 convolution does to it doubled.
-
-    An even row of the doubled map sees through three weights two rows of the map, i - 1 and twice i; an odd row sees
-    twice i, and i + 1. Rows by columns that makes four convolutions of 2x2, done as one: 4/9 of the products.
-    """
-    sees = torch.tensor(
-        [[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=conv.weight.dtype
-    )  # odd?, 2, 3
-    weight = torch.einsum("pak,qbl,oikl->pqoiab", sees, sees, conv.weight).flatten(0, 2)
-    assert conv.bias is not None
-    return weight.contiguous(memory_format=torch.channels_last), conv.bias.repeat(4)
-
-
 class Attention(nn.Module):
     """Single-head self-attention over all pixels with a residual connection: the autoencoders' middle.
 

@@ -128,8 +128,10 @@ class Kept(Generic[Packed]):
         Args:
             way: on what else the result depends: precision, sizes.
         """
-        weights = [(id(p), p.data_ptr(), changes(p), float(p.detach().norm())) for p in network.parameters()]
-        wanted = network, way, weights
+        weights = [*network.parameters()]
+        norms = torch.stack([p.detach().norm().float() for p in weights]).tolist()  # a GPU is waited for once
+        seen = [(id(p), p.data_ptr(), changes(p)) for p in weights]
+        wanted = network, way, seen, norms
         last = self._last
         if last is None or last[0] != wanted:
             last = self._last = None  # let go before others take as much memory

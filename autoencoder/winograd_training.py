@@ -27,34 +27,26 @@ parts of a batch are computed as the whole is, and take as much memory each"""
 
 
 class Maps(NamedTuple):
-    """What takes tiles to points and back, for rows and columns at once: t values of a row are made of s."""
+    """What takes a tile to points and back, for rows and columns at once."""
 
-    tile: int
-    """t"""
-    sees: int
-    """s"""
     seen: Tensor
-    """[s*s,s*s] pixels of a tile => points"""
+    """[36,36] pixels of a tile => points"""
     weight: Tensor
-    """[s*s,k*k] weights => points"""
+    """[36,9] weights => points"""
     made: Tensor
-    """[t*t,s*s] points => pixels"""
+    """[16,36] points => pixels"""
 
 
-def maps(points: tuple[float, ...], taps: int) -> Maps:
-    """Of convolutions with k `taps` a row, by these points and infinity."""
-    sees = len(points) + 1
-    tile = sees - taps + 1
-
+def _maps() -> Maps:
     def powers(count: int) -> Tensor:
-        finite = torch.tensor(points, dtype=torch.float64)[:, None] ** torch.arange(count)
+        finite = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(count)
         return torch.cat([finite, torch.eye(count, dtype=torch.float64)[-1:]])  # of infinity the last alone
 
-    parts = torch.linalg.inv(powers(sees)).T, powers(taps), powers(tile).T
-    return Maps(tile, sees, *(torch.kron(part, part).float() for part in parts))
+    parts = torch.linalg.inv(powers(SEEN)).T, powers(3), powers(TILE).T
+    return Maps(*(torch.kron(part, part).float() for part in parts))
 
 
-MAPS = maps(POINTS, taps=3)
+MAPS = _maps()
 
 
 class Conv3x3(nn.Conv2d):
@@ -109,21 +101,19 @@ def framed(x: Tensor, below: int = 1, right: int = 1) -> Tensor:
     """Maps [B,C,H,W] => [B,1+H+below,1+W+right,C], with zeros around them."""
     samples, channels, height, width = x.shape
     padded = x.new_empty(samples, 1 + height + below, 1 + width + right, channels)
-    inner = slice(1, height + 1), slice(1, width + 1)
     for border in (padded[:, 0], padded[:, height + 1 :], padded[:, :, 0], padded[:, :, width + 1 :]):
         border.zero_()
-    padded[:, inner[0], inner[1]] = x.permute(0, 2, 3, 1)
+    padded[:, 1 : height + 1, 1 : width + 1] = x.permute(0, 2, 3, 1)
     return padded
 
 
-def tiles(padded: Tensor, tile: int = TILE, sees: int = SEEN) -> Tensor:
-    """Overlapping tiles [T,s*s,C] of maps [B,t*down+s-t,t*across+s-t,C]."""
+def tiles(padded: Tensor) -> Tensor:
+    """Overlapping tiles [T,36,C] of maps [B,4 down + 2,4 across + 2,C]."""
     samples, height, width, channels = padded.shape
     sample, row, pixel, channel = padded.stride()
-    over = sees - tile
-    strides = sample, tile * row, tile * pixel, row, pixel, channel
-    shape = samples, (height - over) // tile, (width - over) // tile, sees, sees, channels
-    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, sees**2, channels)
+    strides = sample, TILE * row, TILE * pixel, row, pixel, channel
+    shape = samples, height // TILE, width // TILE, SEEN, SEEN, channels
+    return padded.as_strided(shape, strides, padded.storage_offset()).reshape(-1, SEEN**2, channels)
 
 
 def put_together(parts: Tensor, shape: torch.Size) -> Tensor:

@@ -11,35 +11,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autoencoder.kl import AutoencoderKL
-from benchmarks.models import Shape, autoencoders, hurried, normal
+from benchmarks.models import (
+    Shape,
+    against,
+    as_it_comes,
+    autoencoders,
+    compile_parts,
+    hurried,
+    normal,
+    precisions,
+)
 from benchmarks.timing import Case, Giving, Keeping
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
-from ldm.device import DTYPES, Precision, to_decode
+from ldm.device import Precision, to_decode
 
 
 def passes(size: Shape) -> Iterator[Case]:
-    """In bf16, ours is compared with the peer in float32: the difference says what it costs."""
+    """In bf16 on a CPU, ours is compared with the peer in float32: the difference says what it costs."""
     ours, peer = autoencoders(size)
+    usually = as_it_comes(peer)
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
     with torch.no_grad():
         latents = ours.encode(pixels).mean
-    for precision, dtype in DTYPES.items():
+    compile_parts(ours, graphs=True)
+    for precision, dtype in precisions().items():
         fast = hurried(peer, dtype)
-        about, target = ("f32", 1.3) if precision == "f32" else ("bf16 against f32", 2.5)
         yield Case(
-            name=f"encode, {about}",
+            name=f"encode, {against(precision)}",
             ours=partial(encode, ours, pixels, precision),
-            peer=partial(stock_encode, peer, pixels),
+            peer=partial(stock_encode, usually, pixels),
             fast_peer=partial(stock_encode, fast, pixels),
             unit=8,
             precision=dtype,
         )
         yield Case(
-            name=f"decode, {about}",
+            name=f"decode, {against(precision)}",
             ours=partial(to_decode(ours, precision), latents),
-            peer=partial(stock_decode, peer, latents),
+            peer=partial(stock_decode, usually, latents),
             fast_peer=partial(stock_decode, fast, latents),
-            target=target,
+            target=1.3 if precision == "f32" else 2.5,
             unit=8,
             precision=dtype,
         )
@@ -64,11 +74,12 @@ def stock_decode(model: Any, latents: Tensor) -> Tensor:
 def training(size: Shape) -> Iterator[Case]:
     """Forward, L2 + KL, backward, AdamW, on pixels at hand; memory as for the U-Net."""
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
-    for precision, dtype in DTYPES.items():
+    for precision, dtype in precisions().items():
         ours, peer = autoencoders(size)
         side = size.picture // ours.config.factor
         noise = normal(8, 4, side, side, seed=2)
-        fast, cast = hurried(peer), autocast(precision)
+        fast, cast = hurried(peer, trains=True), autocast(precision)
+        compile_parts(ours, graphs=False)
         yield Case(
             name=f"autoencoder training step, {precision}",
             ours=Keeping(partial(our_step, ours, pixels, noise, stepper(ours), cast)),

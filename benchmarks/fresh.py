@@ -146,7 +146,7 @@ def train_stock(folder: Path) -> None:
 
 
 def train(unet: Any, config: Any, forward: Any) -> None:
-    """Three steps of AdamW on noise."""
+    """Three steps of AdamW on noise; on a GPU under autocast, as everyone trains there."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -155,7 +155,9 @@ def train(unet: Any, config: Any, forward: Any) -> None:
     x = torch.randn(BATCH, 4, config.sample_size, config.sample_size, device=device)
     tokens = torch.randn(BATCH, 32, config.cross_attention_dim, device=device)
     for _ in range(3):
-        forward(x, torch.full((BATCH,), 500.0, device=device), tokens).square().mean().backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            made = forward(x, torch.full((BATCH,), 500.0, device=device), tokens)
+        made.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.harness import open_run, through_a_run
-from benchmarks.models import EMOJI, TEXT, TOKENS, Shape, autoencoders, device, stock, unets
+from benchmarks.models import EMOJI, TEXT, TOKENS, Shape, autoencoders, device, stock, unets, usual
 from benchmarks.timing import Case, Work
+from benchmarks.unet_rows import autocast
 from ldm.cache import LatentCache, build
 from ldm.conditioning import Text
 from ldm.data import DataConfig, open_source
@@ -120,8 +121,9 @@ class World:
     @torch.no_grad()
     def stock_codes(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Latents and text states of a batch, as the script makes them in each step."""
-        coded = self.stock_autoencoder.encode(batch["pixels"].to(device())).latent_dist.sample()
-        states = self.text.encoder(batch["ids"].to(device()))[0]
+        with autocast(usual())():
+            coded = self.stock_autoencoder.encode(batch["pixels"].to(device())).latent_dist.sample()
+            states = self.text.encoder(batch["ids"].to(device()))[0]
         return coded * self.stock_autoencoder.config.scaling_factor, states
 
     def stock_steps(self) -> Iterator[Tensor]:
@@ -133,7 +135,9 @@ class World:
         for batch in self.stock_batches():
             z, states = self.stock_codes(batch)
             noise, t = torch.randn_like(z), torch.randint(0, 1000, (len(z),), device=z.device)
-            loss = F.mse_loss(unet(scheduler.add_noise(z, noise, t), t, states).sample, noise)
+            with autocast(usual())():
+                made = unet(scheduler.add_noise(z, noise, t), t, states).sample
+            loss = F.mse_loss(made.float(), noise.float())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimizer.step()
@@ -200,7 +204,7 @@ def opened(size: Shape, pictures: int, batch: int, text: TextConfig) -> Iterator
 
 def real_loop(world: World, networks: str, target: float | None = None) -> Case:
     return Case(
-        name=f"latent training step, real loop, f32, {networks}",
+        name=f"latent training step, real loop, {usual()}, {networks}",
         ours=no_result(partial(next, world.steps())),
         peer=no_result(partial(next, world.stock_steps())),
         target=target,

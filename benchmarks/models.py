@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from ldm.conditioning import Cond
+from ldm.denoiser import Network
+from ldm.device import DTYPES, Precision
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
 
@@ -87,28 +90,45 @@ SD15 = Shape(
 )
 
 
+def on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def shape() -> Shape:
-    return SD15 if torch.cuda.is_available() else SMALL
+    return SD15 if on_gpu() else SMALL
 
 
 def stock() -> Shape:
     """Of the real loop in the latents of a stock autoencoder."""
-    return SD15 if torch.cuda.is_available() else STOCK
+    return SD15 if on_gpu() else STOCK
+
+
+def usual() -> Precision:
+    """On a GPU nobody trains or draws in another precision than bf16, both sides with bf16 products."""
+    return "bf16" if on_gpu() else "f32"
+
+
+def precisions() -> dict[Precision, torch.dtype]:
+    """Those that are measured: on a CPU ours in bf16 is compared with the peer in float32, as rows say."""
+    return {"bf16": torch.bfloat16} if on_gpu() else DTYPES
+
+
+def against(precision: Precision) -> str:
+    """What a row's name says of it."""
+    return precision if precision == usual() else f"{precision} against {usual()}"
 
 
 def unets(size: Shape) -> tuple[UNet, Any]:
-    """Ours, channels-last and on a GPU compiled, and diffusers' as it comes; the same weights."""
+    """Ours, channels-last, and diffusers' as it comes; the same weights."""
     torch.manual_seed(0)
-    peer: Any = diffusers.UNet2DConditionModel(**size.unet, sample_size=size.latents[0])
-    peer = peer.to(device())
-    ours = UNet(UNetConfig(**size.unet, sample_size=size.latents[0])).to(device())
+    with torch.device(device()):
+        peer: Any = diffusers.UNet2DConditionModel(**size.unet, sample_size=size.latents[0])
+        ours = UNet(UNetConfig(**size.unet, sample_size=size.latents[0]))
     ours.load_state_dict(peer.state_dict())
-    if device() == "cuda":
-        ours.compile(mode="max-autotune")
     return ours.to(memory_format=torch.channels_last), peer  # type: ignore[call-overload]
 
 
@@ -116,25 +136,51 @@ def autoencoders(size: Shape) -> tuple[AutoencoderKL, Any]:
     """Likewise."""
     torch.manual_seed(0)
     blocks = len(size.autoencoder["block_out_channels"])
-    peer: Any = diffusers.AutoencoderKL(
-        **size.autoencoder,
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-    )
-    peer = peer.to(device())
-    ours = AutoencoderKL(AutoencoderConfig(**size.autoencoder)).to(device())
+    with torch.device(device()):
+        peer: Any = diffusers.AutoencoderKL(
+            **size.autoencoder,
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+        )
+        ours = AutoencoderKL(AutoencoderConfig(**size.autoencoder))
     ours.load_state_dict(peer.state_dict())
     return ours.to(memory_format=torch.channels_last), peer  # type: ignore[call-overload]
 
 
-def hurried(peer: Any, dtype: torch.dtype = torch.float32) -> Any:
+def as_it_comes(peer: Any) -> Any:
+    """The peer, to draw, encode and decode, in the usual precision; on a GPU a copy."""
+    return peer if usual() == "f32" else copy.deepcopy(peer).to(DTYPES[usual()])
+
+
+def hurried(peer: Any, dtype: torch.dtype = torch.float32, *, trains: bool = False) -> Any:
     """A copy with what diffusers' guides to speed advise: channels-last, q, k and v as one, a precision; on a GPU
     compiled. On a CPU not: there compiling took 35 to 60 seconds a network and gave 4 % (docs/log.md)."""
     peer = copy.deepcopy(peer).to(dtype).to(memory_format=torch.channels_last)
     peer.fuse_qkv_projections()
-    if device() == "cuda":
-        peer.compile(mode="max-autotune", fullgraph=True)
+    compile_parts(peer, graphs=not trains)
     return peer
+
+
+def compile_parts(network: Any, *, graphs: bool) -> None:
+    """On a GPU, both sides alike: a U-Net, or an autoencoder's encoder and decoder, which are called one by one."""
+    parts = [network.encoder, network.decoder] if hasattr(network, "decoder") else [network]
+    for part in parts if on_gpu() else []:
+        part.compile(**compiling(graphs))
+
+
+def compiled(network: Network) -> Network:
+    """What draws, on a GPU compiled."""
+    if not on_gpu():
+        return network
+    graph: Callable[..., Tensor] = torch.compile(network, **compiling(graphs=True))
+    return lambda x, t, cond: graph(x, t, cond).clone()  # the next replay writes over what this one gave
+
+
+def compiling(graphs: bool) -> dict[str, Any]:
+    """How networks are compiled: into CUDA graphs, which save launching thousands of kernels, where nothing trains (a
+    step keeps the GPU busy, and graphs would keep its memory). Each batch size is compiled for itself, since kernels of
+    any size are slower. TORCHINDUCTOR_MAX_AUTOTUNE=1 adds a search among kernels: minutes a network, on both sides."""
+    return {"mode": "reduce-overhead" if graphs else "default", "dynamic": False, "fullgraph": True}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Protocol
 
 from benchmarks import autoencoder_rows, fresh, loop_rows, unet_rows
 from benchmarks.harness import Overhead
-from benchmarks.models import Shape
+from benchmarks.models import Shape, on_gpu
 from benchmarks.timing import Effort, Row
+from ldm.unet_config import UNetConfig
 
 
 class Measurable(Protocol):
@@ -22,7 +23,10 @@ class Measurable(Protocol):
 
 
 def harness(size: Shape) -> Iterator[Measurable]:
-    yield Overhead()
+    if on_gpu():
+        yield Overhead(network=UNetConfig(**size.unet, sample_size=size.latents[0]))
+    else:
+        yield Overhead()
 
 
 ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (

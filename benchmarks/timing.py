@@ -73,6 +73,8 @@ class Row:
     """Quartiles of the ratio"""
     target: float | None = None
     """Ratio to reach on this kind of machine"""
+    fast_target: float | None = None
+    """Ratio to the peer with its fast settings to reach, likewise"""
     difference: float | None = None
     """Largest difference of the results over the largest absolute value of the peer's"""
     fast_peer: float | None = None
@@ -86,7 +88,7 @@ class Row:
     share_target: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As the record keeps it."""
+        """As the record keeps it; seconds are None where megabytes are compared."""
         unit = self.unit
         return {
             "name": self.name,
@@ -94,10 +96,10 @@ class Row:
             "spread": self.spread,
             "target": self.target,
             "difference": self.difference,
-            f"ours_{unit}": self.ours,
-            f"peer_{unit}": self.peer,
+            **{"ours_s": None, "peer_s": None, f"ours_{unit}": self.ours, f"peer_{unit}": self.peer},
             f"fast_peer_{unit}": self.fast_peer,
             "fast_ratio": self.fast_ratio,
+            "fast_target": self.fast_target,
             "per_second": self.per_second,
             "share_of_peak": self.share_of_peak,
             "share_target": self.share_target,
@@ -127,8 +129,9 @@ class Case:
         with FlopCounterMode(display=False) as counter:
             expected = self.peer()
         sides = [self.ours, self.peer, *([self.fast_peer] if self.fast_peer else [])]
-        if self.fast_peer:
-            self.fast_peer()
+        graphs = 2 * sides if torch.cuda.is_available() else []  # which are recorded at the second call
+        for side in sides[2:] + graphs:
+            side()
         rounds = in_turns(sides, effort)
         ours, peer, *fast = (list(times) for times in zip(*rounds, strict=True))
         ratios = [b / a for a, b in zip(ours, peer, strict=True)]

@@ -13,12 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.packed import Kept
-from benchmarks.models import Shape, device, hurried, normal, told, unets
+from benchmarks.models import (
+    Shape,
+    against,
+    as_it_comes,
+    compile_parts,
+    compiled,
+    device,
+    hurried,
+    normal,
+    precisions,
+    told,
+    unets,
+    usual,
+)
 from benchmarks.timing import Case, Giving, Keeping
 from ldm.conditioning import Cond
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_draw
-from ldm.fast import Layers
 from ldm.guidance import Guidance, guided
 from ldm.paths import VP
 from ldm.prediction import make_prediction
@@ -40,22 +52,23 @@ def autocast(precision: Precision) -> Autocast:
 
 
 def forward(size: Shape) -> Iterator[Case]:
-    """Prepared beforehand: preparation is counted where a whole drawing is. In bf16 on a GPU."""
+    """Prepared beforehand: preparation is counted where a whole drawing is."""
     ours, peer = unets(size)
-    precision: Precision = "bf16" if device() == "cuda" else "f32"
-    fast, prepared = hurried(peer, DTYPES[precision]), to_draw(ours, precision)
+    fast, prepared = hurried(peer, DTYPES[usual()]), compiled(to_draw(ours, usual()))
+    peer = as_it_comes(peer)
     for batch in (2, 16):
         for side in size.latents:
             x, cond = normal(batch, 4, side, side), told(size, batch)
             t = torch.full((batch,), 500.0, device=device())
+            one = torch.tensor(500, device=device())  # as pipelines of the peer tell it
             yield Case(
                 name=f"U-Net forward, batch {batch}, latents {side}x{side}",
                 ours=torch.no_grad()(partial(prepared, x, t, cond)),
-                peer=torch.no_grad()(partial(stock_forward, peer, x, t, cond)),
-                fast_peer=torch.no_grad()(partial(stock_forward, fast, x, t, cond)),
+                peer=torch.no_grad()(partial(stock_forward, peer, x, one, cond)),
+                fast_peer=torch.no_grad()(partial(stock_forward, fast, x, one, cond)),
                 share_target=0.7 if batch == 16 else None,
                 unit=batch,
-                precision=DTYPES[precision],
+                precision=DTYPES[usual()],
                 long=batch * side == 16 * 32,
             )
 
@@ -68,19 +81,20 @@ def stock_forward(peer: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
 def sampling(size: Shape) -> Iterator[Case]:
     """The loop over the steps with guidance, on the same noise: no text encoder, no decoder."""
     ours, peer = unets(size)
-    for precision, dtype in DTYPES.items():
+    usually = as_it_comes(peer)
+    for precision, dtype in precisions().items():
         fast = hurried(peer, dtype)
-        against, target = ("", 1.6) if precision == "f32" else (", bf16 against f32", 2.0)
+        said = "" if precision == "f32" else f", {against(precision)}"
         for sampler, steps in (("ddim", 50), ("dpmpp_2m", 20)):
             for batch in (1, 8):
                 side = size.latents[0]
                 told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
                 yield Case(
-                    name=f"sampling, {sampler} {steps}, guidance, batch {batch}{against}",
+                    name=f"sampling, {sampler} {steps}, guidance, batch {batch}{said}",
                     ours=partial(our_loop, ours, precision, sampler, steps, *told_, Kept()),
-                    peer=partial(stock_loop, peer, sampler, steps, *told_),
+                    peer=partial(stock_loop, usually, sampler, steps, *told_),
                     fast_peer=partial(stock_loop, fast, sampler, steps, *told_),
-                    target=target,
+                    target=1.6 if precision == "f32" else 2.0,
                     unit=batch,
                     precision=dtype,
                     long=batch > 1,
@@ -93,15 +107,16 @@ def hasty(size: Shape) -> Iterator[Case]:
     What it does to the pictures of a trained model is in docs/log.md.
     """
     ours, peer = unets(size)
-    side = size.latents[0]
-    for precision, dtype in DTYPES.items():
-        fast, against = hurried(peer, dtype), "" if precision == "f32" else ", bf16 against f32"
+    usually, side = as_it_comes(peer), size.latents[0]
+    for precision, dtype in precisions().items():
+        fast = hurried(peer, dtype)
+        said = "" if precision == "f32" else f", {against(precision)}"
         for batch in (1, 8):
             told_ = told(size, batch), told(size, batch, seed=9), normal(batch, 4, side, side)
             yield Case(
-                name=f"sampling, dpmpp_2m 20, interval, reuse 3, batch {batch}{against} (another result)",
+                name=f"sampling, dpmpp_2m 20, interval, reuse 3, batch {batch}{said} (another result)",
                 ours=partial(our_loop, ours, precision, "dpmpp_2m", 20, *told_, Kept(), INTERVAL, 3),
-                peer=partial(stock_loop, peer, "dpmpp_2m", 20, *told_),
+                peer=partial(stock_loop, usually, "dpmpp_2m", 20, *told_),
                 fast_peer=partial(stock_loop, fast, "dpmpp_2m", 20, *told_),
                 target=3.0,
                 unit=batch,
@@ -118,14 +133,14 @@ def our_loop(
     cond: Cond,
     null: Cond,
     noise: Tensor,
-    kept: Kept[Layers],
+    kept: Kept[Any],
     guidance: Guidance = GUIDANCE,
     reuse: int = 1,
 ) -> Tensor:
-    """As `LatentDiffusion` draws from the second drawing of a size on: the network's layers are packed."""
-    denoiser = Denoiser(
-        to_draw(unet, precision, reuse=reuse, kept=kept), PATH, make_prediction("epsilon", PATH)
-    )
+    """As `LatentDiffusion` draws from the second drawing of a size on: the network's layers are packed. On a GPU
+    compiled, but where levels are reused, since no graph holds what changes from call to call."""
+    network = to_draw(unet, precision, reuse=reuse, kept=kept)
+    denoiser = Denoiser(compiled(network) if reuse == 1 else network, PATH, make_prediction("epsilon", PATH))
     grid, start = sampling_grid(PATH, sampler, steps)
     return SAMPLERS[sampler](guided(denoiser, cond, null, guidance), noise * start, grid)
 
@@ -135,7 +150,7 @@ def stock_loop(unet: Any, sampler: str, steps: int, cond: Cond, null: Cond, nois
     """The loop of StableDiffusionPipeline, without its text encoder and decoder."""
     config = scheduler_config(PATH, "epsilon", sampler)
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    scheduler.set_timesteps(steps)
+    scheduler.set_timesteps(steps, device=noise.device)
     tokens = Cond.cat(null, cond).tokens
     assert tokens is not None
     x, tokens = noise * scheduler.init_noise_sigma, tokens.to(unet.dtype)
@@ -154,9 +169,10 @@ def training(size: Shape) -> Iterator[Case]:
     side, batch = size.latents[0], 16
     x, target, cond = normal(batch, 4, side, side), normal(batch, 4, side, side, seed=3), told(size, batch)
     t = torch.linspace(1, 999, batch, device=device())
-    for precision, dtype in DTYPES.items():
+    for precision, dtype in precisions().items():
         ours, peer = unets(size)
-        fast, cast = hurried(peer), autocast(precision)
+        fast, cast = hurried(peer, trains=True), autocast(precision)
+        compile_parts(ours, graphs=False)
         yield Case(
             name=f"latent training step, network alone, {precision}",
             ours=Keeping(partial(train, partial(ours, x, t, cond), target, stepper(ours), cast)),

@@ -48,7 +48,10 @@ class Denoiser:
     def output(self, x: Tensor, level: Level, cond: Cond) -> Tensor:
         """x_t [B,C,H,W] => the network's output [B,C,H,W], whatever it predicts, in the dtype of x."""
         _, sigma = spread(level, x)
-        t = level.t.to(x.device, torch.float32).expand(len(x))
+        if level.t.dim():
+            t = level.t.to(x.device, torch.float32)
+        else:  # filled in there: to copy it, the CPU would wait for the GPU in each step
+            t = torch.full(x.shape[:1], float(level.t), device=x.device)
         shown = self.path.scale_input(x, sigma)
         if cond.image is not None:  # after the scaling, as stock pipelines do
             shown = torch.cat([shown, cond.image.to(x.dtype)], dim=1)

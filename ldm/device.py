@@ -2,7 +2,8 @@
 
 Drawing and decoding:
     CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed at the first call
-    others  the networks as they are, under autocast if bf16 is asked for
+    others  the networks as they are; if bf16 is asked for, a U-Net of weights in bf16, which autocast would make anew
+            in each step (5 GB to read and write for Stable Diffusion's), and the autoencoder under autocast
 Training on a CPU: 3x3 convolutions of wide float32 maps by tiles (`autoencoder.winograd_training`), of doubled maps by
 differences (`autoencoder.doubling`), GroupNorm of bf16 maps by whichever way is fast (`autoencoder.layers`), freed
 memory kept for the next step (`ldm.memory.keep_freed`).
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def to_draw(
     *,
     prepare: bool = True,
     reuse: int = 1,
-    kept: Kept[fast.Layers] | None = None,
+    kept: Kept[Any] | None = None,
 ) -> Network:
     """What to call in place of the U-Net to draw with the weights it has now; results are float32.
 
@@ -52,12 +53,17 @@ def to_draw(
     """
     if reuse > 1 or (prepare and device_of(unet) == "cpu"):
         return fast.Prepared(unet, DTYPES[precision], reuse, kept)
+    dtype, kept = DTYPES[precision], Kept() if kept is None else kept
+    network = unet if precision == "f32" else kept.of(unet, dtype, lambda: deepcopy(unet).to(dtype))
 
-    def network(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            return unet(x, t, cond).float()
+    def draw(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        tokens = (
+            None if cond.tokens is None else cond.tokens.to(dtype)
+        )  # times and sizes would be others in bf16
+        with torch.autocast(x.device.type, enabled=False):
+            return network(x.to(dtype), t, cond._replace(tokens=tokens)).float()
 
-    return network
+    return draw
 
 
 def to_decode(

@@ -11,6 +11,8 @@ import threading
 import time
 import traceback
 
+from torch import distributed
+
 GO_ON = "to go on from the last checkpoint, run the same command again"
 
 
@@ -41,12 +43,13 @@ def out_of_memory(problem: BaseException) -> bool:
 
 
 def let_exchanges_end() -> None:
-    """Have this process wait half a second, once all is done, before it takes Python down.
+    """Have this process wait half a second, once all is done, before it lets go of the group and takes Python down.
 
-    A thread of gloo that frees what it last sent needs the interpreter's lock; asking for it any later aborts the
+    A thread of gloo that frees what it last sent needs the interpreter's lock. Asking for it any later aborts the
     process (pytorch issue 190489), and caches of sharded tensors keep these threads beyond the end of their group.
+    Freed earlier, as with a compiled network in DDP, the group waits for the thread with the lock in hand, for ever.
     """
-    atexit.register(time.sleep, 0.5)
+    atexit.register(lambda group: time.sleep(0.5), distributed.group.WORLD)
 
 
 class Watchdog:

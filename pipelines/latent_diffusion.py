@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -27,7 +27,6 @@ from ldm.checks import require_int
 from ldm.conditioning import ClassAndText, ClassLabels, Cond, Conditioner, Unconditional, labels_of, text_of
 from ldm.denoiser import Denoiser
 from ldm.device import DTYPES, Precision, to_decode, to_draw
-from ldm.fast import Layers
 from ldm.guidance import Guidance, guided
 from ldm.paths import Flow, Grid, Spacing
 from ldm.paths import Path as NoisePath
@@ -67,7 +66,7 @@ class LatentDiffusion:
     precision: Precision = "f32"
     fast: bool = True
     reuse: int = 1
-    _layers: Kept[Layers] = field(default_factory=Kept, init=False, repr=False, compare=False)
+    _layers: Kept[Any] = field(default_factory=Kept, init=False, repr=False, compare=False)
     _decoder: Kept[Decoder] = field(default_factory=Kept, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,11 +8,15 @@ import torch
 pytest.importorskip("diffusers", reason="the benchmark's other side")
 
 from autoencoder.packed import Kept
-from benchmarks import timing
+from benchmarks import models, timing
+from benchmarks.__main__ import for_a_gpu, measured
+from benchmarks.autoencoder_rows import passes
 from benchmarks.models import SMALL, Shape, told, unets
-from benchmarks.timing import Case, Effort, Giving, Keeping
-from benchmarks.unet_rows import our_loop, stock_loop
+from benchmarks.timing import Case, Effort, Giving, Keeping, Row
+from benchmarks.unet_rows import forward, our_loop, stock_loop
 from ldm.guidance import Guidance
+
+KEYS = {"name", "ratio", "target", "difference", "ours_s", "peer_s", "share_of_peak"}
 
 
 def slow(seconds: float, value: float) -> torch.Tensor:
@@ -30,7 +34,7 @@ def test_a_row() -> None:
         unit=2,
     )
     row = case.measure(Effort(seconds=0, least=3)).as_dict()
-    assert {"name", "ratio", "target", "difference", "ours_s", "peer_s", "share_of_peak"} <= row.keys()
+    assert row.keys() >= KEYS and row["ours_s"] > 0
     assert row["difference"] == 0.25
     assert row["ratio"] > row["fast_ratio"] > 1
     assert row["per_second"] == pytest.approx(2 / row["ours_s"])
@@ -62,3 +66,56 @@ def test_both_sides_draw_the_same() -> None:
         assert float((made - wanted).abs().max() / wanted.abs().max()) <= 1e-4
         hasty = our_loop(ours, "f32", sampler, 5, *told_, Kept(), Guidance(scale=4.0, interval=(0.5, 4.0)), 2)
         assert float((hasty - wanted).abs().max() / wanted.abs().max()) > 1e-4
+
+
+def test_every_row_has_the_same_keys() -> None:
+    row = Row(name="memory", ratio=1.0, ours=1.0, peer=1.0, unit="mb").as_dict()
+    assert row.keys() >= KEYS and row["ours_mb"] == 1.0 and row["ours_s"] is None
+
+
+def test_a_row_that_fails_is_told_and_does_not_end_the_benchmark() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of memory")
+
+    one = Case(name="one", ours=fails, peer=fails)
+    other = Case(name="other", ours=lambda: slow(0, 1.0), peer=lambda: slow(0, 1.0), precision=None)
+    told, row = measured(iter([one, other]), [""], quick=True)
+    assert told == "one: RuntimeError: out of memory" and isinstance(row, Row) and row.name == "other"
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The GPU's branches, on the CPU; gives how the networks were compiled, which is but traced here."""
+    asked: list[dict] = []
+
+    def compiling(graphs: bool) -> dict:
+        asked.append(true(graphs))
+        return {"backend": "eager", "fullgraph": True, "dynamic": False}
+
+    true = models.compiling
+    monkeypatch.setattr(models, "compiling", compiling)
+    monkeypatch.setattr(models, "on_gpu", lambda: True)
+    monkeypatch.setattr("ldm.device.device_of", lambda module: "cuda")
+    return asked
+
+
+def test_on_a_gpu_both_sides_are_compiled_alike_in_bf16(on_a_gpu: list[dict]) -> None:
+    """The difference is that of two bf16 results, not more: nothing is compared that a graph has written over."""
+    tiny = Shape(
+        unet=SMALL.unet
+        | {
+            "block_out_channels": (32, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        },
+        autoencoder={"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1},
+        latents=(4,),
+        picture=8,
+    )
+    for rows in (forward, passes):
+        on_a_gpu.clear()
+        row = next(rows(tiny)).measure(Effort(seconds=0, least=1))
+        assert row.difference is not None and row.difference < 5e-2 and row.fast_ratio
+        assert len(on_a_gpu) in (2, 4)
+        assert all(asked["mode"] == "reduce-overhead" for asked in on_a_gpu)
+    assert for_a_gpu(row).fast_target == 1.3 and "bf16" in row.name
