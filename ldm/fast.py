@@ -10,7 +10,7 @@ understand the model; it is faster by what follows, most of which is worth littl
                 pixels and takes values back to them is multiplied with them beforehand
     time        is embedded once, not once a sample, and enters as the bias of a convolution
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
-    doubling    of the resolution with the 3x3 convolution after it is four of 2x2
+    doubling    of the resolution with the 3x3 convolution after it is nine products of matrices, or four of 2x2
 
 Packing costs as much as a pass or two, so it is kept from one drawing to the next (`autoencoder.packed.Kept`).
 
@@ -55,7 +55,7 @@ class Folded(NamedTuple):
 Words = dict[nn.Module, Apart | Folded]  # of each cross-attention
 PROMPTLESS: Words = {}
 LARGEST = 2**26
-"""Bytes up to which what is folded may grow with the number of samples, for each layer"""
+"""Bytes of a layer up to which it is folded: they grow with the samples"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Told:
 
     times: dict[Residual, Tensor]
     """Of the embedded time and what else belongs to the whole picture: one row if the same for all, else B"""
-    at_once: bool
-    """Whether it is the same for all"""
+    alike: bool
+    """Whether that is the same for all"""
     words: Words
     bias: Tensor | None
     """[B,1,1,L] added to the scores of the prompt's tokens"""
@@ -140,7 +140,7 @@ class Prepared:
         self.unet.check(x, t, cond)
         layers = self.layers(x.shape)
         told = self._told(layers, t, cond)
-        if told.at_once and told.words and twins(x):
+        if told.alike and told.words and twins(x):
             x = x[: len(x) // 2]
         x = layers.conv_in(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         skips = [x]
