@@ -28,7 +28,8 @@ WIDE = 32
 
 def pays(x: Tensor, conv: nn.Conv2d) -> bool:
     """Whether maps [B,C,H,W] train faster this way."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and min(conv.weight.shape[:2]) >= WIDE
+    trains = x.device.type == "cpu" and torch.is_grad_enabled()
+    return trains and x.dtype != torch.float64 and min(conv.weight.shape[:2]) >= WIDE
 
 
 def doubled(x: Tensor, conv: nn.Conv2d) -> Tensor:

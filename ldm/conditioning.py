@@ -19,6 +19,8 @@ from ldm.encoders import Encoder, TextConfig, make_encoders
 from ldm.tokens import encodings
 
 Words = Literal["none", "class", "text", "class+text"]
+AT_ONCE = 4096
+"""Captions that are read at once to be counted; padded, each takes some kilobytes"""
 
 
 class Cond(NamedTuple):
@@ -194,8 +196,12 @@ class Text(nn.Module):
 
     def cut(self, captions: Sequence[str]) -> int:
         """How many captions are longer than the tokenizers' limit."""
-        read = zip(*(encodings(tokenizer, captions) for tokenizer in self.tokenizers), strict=True)
-        return sum(any(one.overflowing for one in of_one) for of_one in read)
+        count = 0
+        for first in range(0, len(captions), AT_ONCE):
+            some = captions[first : first + AT_ONCE]
+            read = zip(*(encodings(tokenizer, some) for tokenizer in self.tokenizers), strict=True)
+            count += sum(any(one.overflowing for one in of_one) for of_one in read)
+        return count
 
     def encode(self, read: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What `read` made => {"tokens": states [B,L,D]}, and "pooled" [B,P] with a projection."""

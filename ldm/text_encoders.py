@@ -24,10 +24,14 @@ from autoencoder.untrusted import bounded
 
 TEXT_MODEL = "text_model."
 """Before the names of CLIP's weights in older files, and beside a projection"""
-GELU: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+GELU: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 SHARED: dict[str, Any] = {"model_type": "", "transformers_version": "", "dtype": "", "torch_dtype": ""}
 SHARED |= {"use_attention_mask": False, "tie_word_embeddings": True, "initializer_range": 0.02}
 SHARED |= {"dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": None}

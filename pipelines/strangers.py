@@ -112,7 +112,10 @@ def load_tokenizer(folder: Path, encoder: Any) -> Any:
     length = told.get("model_max_length")
     if not isinstance(length, int) or not 1 <= length <= MAX_LENGTH:
         raise ValueError(f"{folder}: model_max_length is {length!r}, but must be from 1 to {MAX_LENGTH}.")
-    tokenizer: Any = tokens.fitting(folder, told)
+    try:
+        tokenizer: Any = tokens.fitting(folder, told)
+    except ValueError as problem:
+        raise ValueError(f"{folder}: the tokenizer can't be read ({problem}).") from None
     if tokenizer is None:
         from transformers import AutoTokenizer
 

@@ -53,6 +53,7 @@ def test_it_serves_wide_maps_that_train() -> None:
     layer, x = Upsample(32), torch.randn(1, 32, 4, 4)
     assert pays(x, layer.conv) and not pays(x[:, :16], nn.Conv2d(16, 32, 3, padding=1))
     assert "Doubled" in type(layer(x).grad_fn).__name__
+    assert not pays(x.double(), layer.conv)  # its weights are summed up in float32
     assert layer.resized(x, (8, 7)).shape == (1, 32, 8, 7)
     with torch.no_grad():
         assert not pays(x, layer.conv)
