@@ -20,10 +20,11 @@ from benchmarks.models import (
     hurried,
     normal,
     precisions,
+    training_pairs,
 )
 from benchmarks.timing import Case, Giving, Keeping
 from benchmarks.unet_rows import Autocast, Step, autocast, stepper
-from ldm.device import Precision, to_decode
+from ldm.device import DTYPES, Precision, to_decode
 
 
 def passes(size: Shape) -> Iterator[Case]:
@@ -74,20 +75,20 @@ def stock_decode(model: Any, latents: Tensor) -> Tensor:
 def training(size: Shape) -> Iterator[Case]:
     """Forward, L2 + KL, backward, AdamW, on pixels at hand; memory as for the U-Net."""
     pixels = normal(8, 3, size.picture, size.picture).clamp(-1, 1)
-    for precision, dtype in precisions().items():
+    for precision, theirs in training_pairs():
         ours, peer = autoencoders(size)
         side = size.picture // ours.config.factor
         noise = normal(8, 4, side, side, seed=2)
         fast, cast = hurried(peer, trains=True), autocast(precision)
         compile_parts(ours, graphs=False)
         yield Case(
-            name=f"autoencoder training step, {precision}",
+            name=f"autoencoder training step, {precision if precision == theirs else against(precision)}",
             ours=Keeping(partial(our_step, ours, pixels, noise, stepper(ours), cast)),
-            peer=Giving(partial(stock_step, peer, pixels, noise, stepper(peer), cast)),
+            peer=Giving(partial(stock_step, peer, pixels, noise, stepper(peer), autocast(theirs))),
             fast_peer=Keeping(partial(stock_step, fast, pixels, noise, stepper(fast), cast)),
             target=1.4,
             unit=8,
-            precision=dtype,
+            precision=DTYPES[precision],
         )
 
 

@@ -117,6 +117,13 @@ def precisions() -> dict[Precision, torch.dtype]:
     return {"bf16": torch.bfloat16} if on_gpu() else DTYPES
 
 
+def training_pairs() -> list[tuple[Precision, Precision]]:
+    """In which ours and the peer train: alike, and on a CPU ours in bf16 against float32, in which its scripts train if
+    they are not told otherwise."""
+    alike = [(precision, precision) for precision in precisions()]
+    return alike if on_gpu() else [*alike, ("bf16", usual())]
+
+
 def against(precision: Precision) -> str:
     """What a row's name says of it."""
     return precision if precision == usual() else f"{precision} against {usual()}"

@@ -24,6 +24,7 @@ from benchmarks.models import (
     normal,
     precisions,
     told,
+    training_pairs,
     unets,
     usual,
 )
@@ -169,22 +170,20 @@ def training(size: Shape) -> Iterator[Case]:
     side, batch = size.latents[0], 16
     x, target, cond = normal(batch, 4, side, side), normal(batch, 4, side, side, seed=3), told(size, batch)
     t = torch.linspace(1, 999, batch, device=device())
-    for precision, dtype in precisions().items():
+    for precision, theirs in training_pairs():
         ours, peer = unets(size)
         fast, cast = hurried(peer, trains=True), autocast(precision)
         compile_parts(ours, graphs=False)
+        stock, quick = (partial(stock_forward, network, x, t, cond) for network in (peer, fast))
+        said = precision if precision == theirs else against(precision)
         yield Case(
-            name=f"latent training step, network alone, {precision}",
+            name=f"latent training step, network alone, {said}",
             ours=Keeping(partial(train, partial(ours, x, t, cond), target, stepper(ours), cast)),
-            peer=Giving(
-                partial(train, partial(stock_forward, peer, x, t, cond), target, stepper(peer), cast)
-            ),
-            fast_peer=Keeping(
-                partial(train, partial(stock_forward, fast, x, t, cond), target, stepper(fast), cast)
-            ),
+            peer=Giving(partial(train, stock, target, stepper(peer), autocast(theirs))),
+            fast_peer=Keeping(partial(train, quick, target, stepper(fast), cast)),
             target=1.3,
             unit=batch,
-            precision=dtype,
+            precision=DTYPES[precision],
         )
 
 
