@@ -106,7 +106,7 @@ def pretrained(name: str, max_length: int, *, projects: bool = False) -> Encoder
         projects: whether it must have a projection; without, it may have one.
 
     Raises:
-        UserError: it can't be loaded from there, or does not read captions that long.
+        UserError: it can't be loaded from there, does not read captions that long, or its tokenizer is slow.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -121,6 +121,11 @@ def pretrained(name: str, max_length: int, *, projects: bool = False) -> Encoder
             )
     except (OSError, ValueError) as problem:
         raise unreadable(name, problem) from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"The tokenizer of the text encoder {name}, {type(tokenizer).__name__}, is none of the tokenizers library; "
+            "choose another."
+        )
     if missing := sorted(key for key in found["missing_keys"] if "pooler" not in key):
         raise UserError(f"The text encoder {name} has no weights for {missing[0]}; choose another.")
     if "clip" not in shape.model_type:  # trained so; the stock pipeline passes the mask on seeing this
