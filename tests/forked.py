@@ -44,6 +44,7 @@ def forked(work: Callable[[], None], log: Path | None = None) -> int:
             os.dup2(out, stream)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
         torch.set_num_threads(1)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
         work()
         code = 0
     except SystemExit as ended:
