@@ -98,6 +98,16 @@ class Slope(nn.Module):
         return self.a * x[:, :1]
 
 
+def test_a_narrow_discriminator_has_second_gradients_in_bf16() -> None:
+    network = Discriminator(4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(1, 3, 128, 128).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = network(x).float().sum()
+    (gradient,) = torch.autograd.grad(scores, x, create_graph=True)
+    gradient.square().sum().backward()
+    assert all(p.grad is not None for name, p in network.named_parameters() if name.endswith("weight"))
+
+
 def test_r1_is_half_the_squared_gradient_of_originals() -> None:
     pixels, made = torch.full((2, 1, 2, 2), 0.5), torch.full((2, 1, 2, 2), -0.5)
     plain, _ = make(Slope()).discriminator_loss(pixels, made, step=8)
