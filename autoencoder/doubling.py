@@ -114,9 +114,8 @@ def gathered(gradient: Tensor) -> list[Tensor]:
     columns = made.new_empty(samples, height, width + 1, 2, channels)
     both = made.new_empty(samples, height + 1, width + 1, 2, 2, channels)
     for p in (0, 1):
-        unseen = (
-            0 if p else -1
-        )  # the difference at one border is an even value's alone, at the other an odd one's
+        # the difference at one border is an even value's alone, at the other an odd one's
+        unseen = 0 if p else -1
         for border in (rows[:, unseen, :, p], columns[:, :, unseen, p], both[:, unseen, :, p]):
             border.zero_()
         both[:, :, unseen, :, p] = 0

@@ -61,10 +61,8 @@ class GroupNorm(nn.GroupNorm):
         if each < 4:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         scale, shift = self.weight.float(), self.bias.float()  # which a network in bf16 has in bf16
-        several = (
-            self.num_groups > 1
-        )  # one is a narrow discriminator's, whose penalty asks for a second gradient
-        if several and x.shape[2] * x.shape[3] >= LARGE and BACKWARD is not None:
+        # one group is a narrow discriminator's, whose penalty asks for a second gradient
+        if self.num_groups > 1 and x.shape[2] * x.shape[3] >= LARGE and BACKWARD is not None:
             return LargeNorm.apply(x, scale, shift, self.num_groups, self.eps)  # type: ignore[no-any-return, no-untyped-call]
         return F.group_norm(x.float(), self.num_groups, scale, shift, self.eps).to(x.dtype)
 

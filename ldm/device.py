@@ -57,9 +57,8 @@ def to_draw(
     network = unet if precision == "f32" else kept.of(unet, dtype, lambda: deepcopy(unet).to(dtype))
 
     def draw(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        tokens = (
-            None if cond.tokens is None else cond.tokens.to(dtype)
-        )  # times and sizes would be others in bf16
+        # of the condition the tokens alone: times and sizes would be others in bf16
+        tokens = None if cond.tokens is None else cond.tokens.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return network(x.to(dtype), t, cond._replace(tokens=tokens)).float()
 

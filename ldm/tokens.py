@@ -95,9 +95,8 @@ def fitting(folder: Path, told: Mapping[str, Any]) -> Tokenizer | None:
         return None
     files = {name: (folder / name).read_bytes() for name in FILES}
     backend = tokenizers.Tokenizer.from_buffer(files[WORDS])
-    content = json.loads(
-        files[WORDS]
-    )  # not `backend.to_str()`, which goes through all numbers up to the largest
+    # not `backend.to_str()`, which goes through all numbers up to the largest
+    content = json.loads(files[WORDS])
     known = told["tokenizer_class"] in BACKEND or is_clip(content, told)
     return Tokenizer(files, told, backend) if known and is_simple(content, named.values()) else None
 
