@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.fast_blocks import Doubling, Norm, Residual
+from autoencoder.fast_blocks import Conv3x3, Norm, Residual
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
 from autoencoder.model import Decoder, MidBlock, check_latents
@@ -81,4 +81,4 @@ def prepared(layer: nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     if isinstance(layer, Attention):
         return Attending(layer, dtype)
     assert isinstance(layer, Upsample)
-    return Doubling(layer.conv, dtype)
+    return Conv3x3(layer.conv, dtype).doubled

@@ -6,69 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import doubling
 from autoencoder.layers import ResnetBlock
 from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import Conv3x3
-
-WIDE, MUCH = 96, 2**24
-"""Channels, and pixels times pairs of channels, from which nine products are faster than a convolution"""
+from autoencoder.winograd import FEW, at_points, convolved, serves, twice
 
 
-class Doubling:
-    """Twice the resolution by repeating pixels, then a 3x3 convolution: nine products of matrices, as `doubling` has
-    it, or of small maps one convolution, as `folded` has it."""
+class Conv3x3(Conv):
+    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come."""
 
     def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        self.layer, self.dtype = layer, dtype
-        self._four: Conv | None = None
-        self._nine: list[list[Linear]] = []
+        super().__init__(layer, dtype)
+        self.layer = layer
+        self._points: Tensor | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B,in,H,W] => [B,out,2H,2W]."""
-        return self._of_products(x) if self.pays(x) else self._at_once(x)
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if not serves(x, self.layer.weight, FEW, doubled=False):
+            return super().biased(x, bias)
+        return convolved(x, self.points(), None if bias is None else bias.float())
 
-    def pays(self, x: Tensor) -> bool:
-        """Whether products are faster, as measured on one core and two (docs/log.md)."""
-        made, seen = self.layer.weight.shape[:2]
-        enough = min(made, seen) >= WIDE and x.shape[0] * x.shape[2] * x.shape[3] * made * seen >= MUCH
-        return enough and x.device.type == "cpu"
+    def onto(self, x: Tensor, rest: Tensor) -> Tensor:
+        if not serves(x, self.layer.weight, FEW, doubled=False):
+            return super().onto(x, rest)
+        return convolved(x, self.points(), self.layer.bias, rest)
 
-    @torch.no_grad()
-    def _of_products(self, x: Tensor) -> Tensor:
-        if not self._nine:
-            bias = {doubling.OWN: self.layer.bias}
-            self._nine = [
-                [Linear(weight, bias.get((row, column)), self.dtype) for column, weight in enumerate(weights)]
-                for row, weights in enumerate(doubling.by_kinds(self.layer.weight))
-            ]
-        return doubling.of_products(x, lambda pixels, row, column: self._nine[row][column](pixels))
+    def doubled(self, x: Tensor) -> Tensor:
+        """Of the map at twice the resolution, by repeating pixels: [B,in,H,W] => [B,out,2H,2W]."""
+        if not serves(x, self.layer.weight, FEW, doubled=True):
+            return self(twice(x))
+        return convolved(x, self.points(), self.layer.bias, doubled=True)
 
-    @torch.no_grad()
-    def _at_once(self, x: Tensor) -> Tensor:
-        """Value (p, q) of each pixel's four lies in the convolution's map moved by p and q: taken in one copy."""
-        if self._four is None:
-            weight, bias = folded(self.layer)
-            four = nn.Conv2d(self.layer.in_channels, len(bias), 2, padding=1, device="meta")
-            four.weight, four.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
-            self._four = Conv(four, self.dtype)
-        parts = self._four(x).permute(0, 2, 3, 1).contiguous()  # [B,H+1,W+1,2*2*out]
-        (samples, height, width, kinds), (sample, row, pixel, _) = parts.shape, parts.stride()
-        shape = samples, height - 1, 2, width - 1, 2, kinds // 4
-        made = parts.as_strided(shape, (sample, row, row + kinds // 2, pixel, pixel + kinds // 4, 1))
-        return made.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-
-
-def folded(conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight [4 out, in, 2, 2] and bias [4 out] that do to a map what a 3x3 convolution does to it doubled.
-
-    An even row of the doubled map sees through three weights two rows of the map, i - 1 and twice i; an odd row sees
-    twice i, and i + 1. Rows by columns that makes four convolutions of 2x2, done as one: 4/9 of the products.
-    """
-    sees = conv.weight.new_tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])  # odd?, 2, 3
-    weight = torch.einsum("pak,qbl,oikl->pqoiab", sees, sees, conv.weight).flatten(0, 2)
-    assert conv.bias is not None
-    return weight.contiguous(memory_format=torch.channels_last), conv.bias.repeat(4)
+    def points(self) -> Tensor:
+        """Weights for `convolved`, made at the first call."""
+        if self._points is None:
+            self._points = at_points(self.layer.weight.detach())
+        return self._points
 
 
 class Norm(nn.GroupNorm):

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from autoencoder import doubling
-from autoencoder.winograd_training import Conv3x3
+from autoencoder.winograd import Conv3x3
 
 
 class Checkpointed(nn.Module):
@@ -185,7 +184,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] => [B, C, 2H, 2W]."""
@@ -193,8 +192,8 @@ class Upsample(nn.Module):
 
     def resized(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """[B, C, H, W] => [B, C, *size], a size of at most twice H and W."""
-        if size == (2 * x.shape[2], 2 * x.shape[3]) and doubling.pays(x, self.conv):
-            return doubling.doubled(x, self.conv)
+        if size == (2 * x.shape[2], 2 * x.shape[3]):
+            return self.conv(x, doubled=True)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 

@@ -1,99 +1,167 @@
-"""3x3 convolutions prepared for a CPU with a quarter of the multiplications, in float32 (Lavin and Gray 2016).
+"""3x3 convolutions with a quarter of the multiplications, on a CPU: `winograd.c` for tensors.
 
-    y = A^T [(G g G^T) * (B^T d B)] A          * value by value: 36 products for 16 values instead of 144
+Maps are channels-last, float32 or bfloat16; sums are always float32. Where it does not serve (`serves`), a convolution
+is PyTorch's own.
 
-as `winograd_training` explains; here the weights g stay at the points, packed, and what is multiplied for all pairs of
-channels is one convolution of 36 groups.
-
-Shapes: B batch, C and O channels in and out, H x W pixels, T tiles of a batch, of 16 pixels made of 36.
+Shapes: B batch, C and O channels in and out, H x W pixels.
 """
 
 from __future__ import annotations
 
+import ctypes
+from functools import cache
 from math import prod
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from autoencoder.packed import Conv
-from autoencoder.winograd_training import MAPS, SEEN, TILE, framed, tiles
+from autoencoder.compiled import library
 
-WIDE, FEW, MUCH, FEWER = 96, 16, 2**20, 1.5
-"""Channels, tiles, tiles times pairs of channels, and times fewer products, from which it pays"""
+TILE, POINTS = 4, 36
+FEW = {torch.float32: 8, torch.bfloat16: 48}
+"""Tiles of a batch from which it is faster when weights are ready (docs/log.md)"""
+TRAINS = {torch.float32: 16, torch.bfloat16: 64}
+"""The same, when they are made ready in each step"""
+NARROW = {torch.float32: 32, torch.bfloat16: 64}
+"""Channels from which it is faster"""
 LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
-AT_ONCE = 128
-"""Tiles that are made at once, or a row of them"""
 
 
-class Winograd(Conv):
-    """The 3x3 convolution of channels-last maps [B,C,H,W] => [B,O,H,W] in float32.
-
-    As a `Conv` it is what is multiplied: a 1x1 convolution [1,36*C,T,1] => [1,36*O,T,1] in 36 groups.
-    """
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        self.made = layer.out_channels
-        super().__init__(layer, torch.float32, groups=36)
-        self.padding = [0, 0]
-
-    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """A fresh map, some rows of tiles at a time, as they are more than twice as much; always as many, so that
-        weights are packed once."""
-        samples, _, height, width = x.shape
-        down, across = -(-height // TILE), -(-width // TILE)
-        padded = framed(x, 1 + TILE * down - height, 1 + TILE * across - width)
-        made = x.new_empty(samples, down, TILE, across, TILE, self.made)
-        steps = (n for n in range(1, down + 1) if down % n == 0 and n * samples * across <= AT_ONCE)
-        step = max(steps, default=1)
-        for first in range(0, down, step):
-            rows = padded[:, TILE * first : TILE * (first + step) + SEEN - TILE]
-            points = MAPS.seen @ tiles(rows)  # [T,36,C]
-            points = super().biased(points.flatten(1).t()[None, :, :, None], None)
-            y = MAPS.made @ points[0, :, :, 0].t().unflatten(1, (SEEN**2, -1))  # [T,16,O]
-            y = y.view(samples, step, across, TILE, TILE, -1).transpose(2, 3)
-            if bias is None:
-                made[:, first : first + step] = y
-            else:
-                torch.add(y, bias, out=made[:, first : first + step])
-        y = made.flatten(3, 4).flatten(1, 2)[:, :height, :width]
-        return y.contiguous().permute(0, 3, 1, 2)
-
-    def _laid_out(self) -> Tensor:
-        made, seen = self.weight.shape[:2]
-        once = self.weight.to(self.dtype).permute(2, 3, 0, 1).reshape(9, -1)
-        return (MAPS.weight @ once).view(36 * made, seen, 1, 1)
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long}
+SIGNATURES = {
+    "winograd_panel": "",
+    "winograd_weights": "ppplli",
+    "winograd": "piippppllllli",
+    "winograd_gradient": "pipippllllli",
+}
+"""Of the functions: addresses, numbers, sizes, and last on how many threads"""
 
 
-class Conv3x3(Conv):
-    """A 3x3 convolution that keeps the size, in the way that is faster for the maps that come."""
-
-    def __init__(self, layer: nn.Conv2d, dtype: torch.dtype) -> None:
-        super().__init__(layer, dtype)
-        self.layer = layer
-        self._winograd: Winograd | None = None
-
-    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not pays(self, x):
-            return super().biased(x, bias)
-        self._winograd = self._winograd or Winograd(self.layer)
-        return self._winograd.biased(x, bias)
-
-    def onto(self, x: Tensor, rest: Tensor) -> Tensor:
-        return self.biased(x, self.bias).add_(rest) if pays(self, x) else super().onto(x, rest)
+@cache
+def functions() -> dict[str, Any]:
+    """Empty where they are not to be had."""
+    made = library()
+    return typed(made) if made else {}
 
 
-def pays(conv: Conv3x3, x: Tensor) -> bool:
-    """Whether Winograd's way is faster, as measured on one core and two (docs/log.md).
+def typed(made: ctypes.CDLL) -> dict[str, Any]:
+    found = {name: getattr(made, name) for name in SIGNATURES}
+    for name, function in found.items():
+        function.argtypes = [KINDS[letter] for letter in SIGNATURES[name]]
+    return found
 
-    What goes to points and back must be little beside the products, tiles enough for weights that are four times as
-    many, and products fewer even though a direct convolution leaves out those with the border's zeros. In bfloat16 the
-    product is twice as fast, the way to points is not, and results are too coarse.
-    """
-    samples, channels, *sides = x.shape
-    made = len(conv.weight)
+
+@cache
+def panel() -> int:
+    """Of how many channels it takes multiples; 0 where it is not to be had."""
+    return functions()["winograd_panel"]() if functions() else 0
+
+
+def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
+    """Whether a convolution of these maps is faster this way, with weights [O,C,3,3]; `few` as FEW or TRAINS."""
+    if x.device.type != "cpu" or x.dtype not in few or torch.compiler.is_compiling() or not panel():
+        return False
+    samples, _, *sides = x.shape
+    made, seen = weight.shape[:2]
+    if made % panel() or seen % panel() or min(made, seen) < NARROW[x.dtype]:
+        return False
+    sides = [side << doubled for side in sides]
     tiles = samples * prod(-(-side // TILE) for side in sides)
-    fewer = samples * prod(3 * side - 2 for side in sides) >= FEWER * tiles * SEEN**2
-    enough = tiles >= FEW and tiles * channels * made >= MUCH and min(channels, made) >= WIDE
-    small = 4 * SEEN**2 * channels * made <= LARGEST
-    return fewer and enough and small and conv.packed and conv.dtype == torch.float32
+    return min(sides) >= TILE and tiles >= few[x.dtype] and 4 * POINTS * made * seen <= LARGEST
+
+
+def at_points(weight: Tensor) -> Tensor:
+    """Weights [O,C,3,3] in float32, laid out in any way, as `convolved` wants them: [O/panel,36,C,panel]."""
+    made, seen = weight.shape[:2]
+    points = weight.new_empty(made // panel(), POINTS, seen, panel())
+    call("winograd_weights", weight.data_ptr(), strides(weight), points.data_ptr(), seen, made)
+    return points
+
+
+def convolved(
+    x: Tensor, points: Tensor, bias: Tensor | None = None, rest: Tensor | None = None, doubled: bool = False
+) -> Tensor:
+    """Maps [B,C,H,W] => [B,O,H,W]; `doubled` by repeating pixels, [B,O,2H,2W].
+
+    Bias [O] in float32 and `rest`, of the shape of the result, are added.
+    """
+    samples, seen, height, width = x.shape
+    made, height, width = points.shape[0] * points.shape[3], height << doubled, width << doubled
+    x, rest = channels_last(x), None if rest is None else channels_last(rest)
+    y = x.new_empty(samples, height, width, made).permute(0, 3, 1, 2)
+    added = (None if part is None else part.data_ptr() for part in (bias, rest))
+    maps = x.data_ptr(), doubled, narrow(x), points.data_ptr(), *added, y.data_ptr()
+    call("winograd", *maps, samples, height, width, seen, made)
+    return y
+
+
+def gradient(x: Tensor, back: Tensor, weight: Tensor, doubled: bool = False) -> Tensor:
+    """Of weights [O,C,3,3] in float32, from maps [B,C,H,W] and what comes back, as `convolved` made it."""
+    samples, made, height, width = back.shape
+    x, back, of_weight = channels_last(x), channels_last(back), torch.empty_like(weight)
+    maps = x.data_ptr(), doubled, back.data_ptr(), narrow(x), of_weight.data_ptr(), strides(of_weight)
+    call("winograd_gradient", *maps, samples, height, width, x.shape[1], made)
+    return of_weight
+
+
+def call(name: str, *arguments: object) -> None:
+    """A function of the C, on as many threads as PyTorch takes."""
+    if functions()[name](*arguments, torch.get_num_threads()):
+        raise MemoryError("There is not memory enough for a convolution.")
+
+
+def strides(weight: Tensor) -> ctypes.Array[ctypes.c_long]:
+    return (ctypes.c_long * 4)(*weight.stride())
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def narrow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+class Winograd(torch.autograd.Function):
+    """Maps [B,C,H,W], weight [O,C,3,3] and bias [O] in float32 => as `convolved`, in the precision of the maps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, doubled: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.doubled = doubled
+        return convolved(x, at_points(weight), bias, doubled=doubled)
+
+    @staticmethod
+    @once_differentiable  # what the C does has no gradient of its own
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        into = None
+        if ctx.needs_input_grad[0]:
+            into = convolved(back, at_points(weight.flip(2, 3).transpose(0, 1)))
+            into = F.avg_pool2d(into, 2, divisor_override=1) if ctx.doubled else into
+        return into, gradient(x, back, weight, ctx.doubled), back.sum((0, 2, 3), dtype=torch.float32), None
+
+
+class Conv3x3(nn.Conv2d):
+    """A convolution that keeps the size of maps, and trains in the faster way."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+        """[B,C,H,W] => [B,O,H,W]; `doubled` by repeating pixels beforehand, [B,O,2H,2W]."""
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        whole = self.weight.dtype == torch.float32
+        if whole and torch.is_grad_enabled() and serves(x, self.weight, TRAINS, doubled):
+            return Winograd.apply(x, self.weight, self.bias, doubled)  # type: ignore[no-any-return, no-untyped-call]
+        return super().forward(twice(x) if doubled else x)
+
+
+def twice(x: Tensor) -> Tensor:
+    """[B,C,H,W] => [B,C,2H,2W], by repeating pixels."""
+    return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -10,7 +10,7 @@ understand the model; it is faster by what follows, most of which is worth littl
                 pixels and takes values back to them is multiplied with them beforehand
     time        is embedded once, not once a sample, and enters as the bias of a convolution
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
-    doubling    of the resolution with the 3x3 convolution after it is nine products of matrices, or four of 2x2
+    3x3         convolutions are done with a quarter of the multiplications, in C (`autoencoder.winograd`)
 
 Packing costs as much as a pass or two, so it is kept from one drawing to the next (`autoencoder.packed.Kept`).
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.fast_blocks import Doubling, Norm, Residual
+from autoencoder.fast_blocks import Conv3x3, Norm, Residual
 from autoencoder.packed import Conv, Kept, Linear, maps, rows
 from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock, attend
 from ldm.checks import require_int
@@ -214,8 +214,7 @@ class Level:
         self.resnets = [Residual(resnet, dtype) for resnet in block.resnets]  # type: ignore[arg-type]
         self.attentions = [Pixels(layer, dtype, reads) for layer in block.attentions]  # type: ignore[arg-type]
         self.downsamplers = [Conv(layer.conv, dtype) for layer in getattr(block, "downsamplers", ())]
-        above = [layer.conv for layer in getattr(block, "upsamplers", ())]
-        self.upsamplers = [(Doubling(conv, dtype), Conv(conv, dtype)) for conv in above]
+        self.upsamplers = [Conv3x3(layer.conv, dtype) for layer in getattr(block, "upsamplers", ())]
 
     def layer(self, i: int, x: Tensor, told: Told) -> Tensor:
         x = self.resnets[i](x, told.times[self.resnets[i]])
@@ -240,10 +239,10 @@ class Level:
         for i in range(len(self.resnets)):
             skip = widened(skips.pop(), len(x))
             x = self.layer(i, torch.cat([x, skip], dim=1), told)
-        for doubling, conv in self.upsamplers:
+        for conv in self.upsamplers:
             size = skips[-1].shape[-2:]
             if size == (2 * x.shape[-2], 2 * x.shape[-1]):
-                x = doubling(x)
+                x = conv.doubled(x)
             else:
                 x = conv(F.interpolate(x, size=size, mode="nearest"))
         return x

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from autoencoder.fast_blocks import Doubling
+from autoencoder.fast_blocks import Conv3x3
 from autoencoder.packed import Kept
 from ldm import device
 from ldm.unet import UNet, UNetConfig
@@ -51,6 +51,6 @@ def test_one_drawing_is_one_compiled_graph(elsewhere: None) -> None:
 
 def test_what_reuse_prepares_is_made_wherever_the_weights_are() -> None:
     """`meta` stands for a device that is not the CPU."""
-    layer = Doubling(torch.nn.Conv2d(4, 6, 3, padding=1, device="meta"), torch.bfloat16)
-    made = layer(torch.empty(2, 4, 5, 3, dtype=torch.bfloat16, device="meta"))
+    layer = Conv3x3(torch.nn.Conv2d(4, 6, 3, padding=1, device="meta"), torch.bfloat16)
+    made = layer.doubled(torch.empty(2, 4, 5, 3, dtype=torch.bfloat16, device="meta"))
     assert made.shape == (2, 6, 10, 6) and made.device.type == "meta"

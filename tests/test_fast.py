@@ -14,7 +14,6 @@ import torch
 
 from autoencoder import packed, winograd
 from autoencoder.fast import Prepared as PreparedAutoencoder
-from autoencoder.fast_blocks import Doubling
 from autoencoder.kl import AutoencoderConfig, AutoencoderKL
 from autoencoder.packed import Kept
 from ldm.conditioning import ClassLabels, Cond
@@ -33,8 +32,8 @@ SIZES = [(8, 8), (10, 14), (9, 13), (3, 5)]
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With oneDNN's operators, fewer multiplications or not, and as on a machine where they are missing."""
     fewer = request.param == "fewer products"
-    monkeypatch.setattr(winograd, "pays", lambda conv, x: fewer and conv.dtype == torch.float32)
-    monkeypatch.setattr(Doubling, "pays", lambda doubling, x: fewer)
+    monkeypatch.setattr(winograd, "panel", winograd.panel if fewer else lambda: 0)
+    monkeypatch.setitem(winograd.FEW, torch.float32, 1)
     if request.param == "plain":
         monkeypatch.setattr(packed, "packs", lambda dtype: False)
     elif not packed.packs(torch.float32):

@@ -1,0 +1,110 @@
+"""The C of this package, compiled once on the machine that it runs on, and kept in the user's cache.
+
+It needs a C compiler that is there, as on most machines that train; without one a message says so, and PyTorch's own
+operations serve, which give the same to rounding. Threads are those of PyTorch's OpenMP: the library is linked to none
+of its own, and finds what PyTorch has loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("winograd.c")
+COMPILERS = "cc", "gcc", "clang"
+COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
+SECONDS = 60
+"""After which a compiler is given up"""
+
+
+class Uncompiled(Exception):
+    """Why there is no library, in words for a person."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """What the C makes; None where it serves nobody, as it is written for Linux on x86-64 with AVX, or can't be made,
+    which a warning says, once."""
+    vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not vectors:
+        return None
+    try:
+        return opened(usual_folder())
+    except Uncompiled as why:
+        warnings.warn(
+            f"The convolutions in {SOURCE.name} can't be used: {why}. Drawing and training on the CPU take PyTorch's "
+            "own, which are slower.",
+            stacklevel=2,
+        )
+        return None
+
+
+def usual_folder() -> Path:
+    """$XDG_CACHE_HOME/ldm/compiled, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "compiled"
+
+
+def opened(folder: Path) -> ctypes.CDLL:
+    """The library from a folder, put there if it is not: under a hash of all that it depends on, as several machines
+    may share the folder.
+
+    Raises:
+        Uncompiled: there is no compiler, it fails, or what it made can't be loaded.
+    """
+    compiler = chosen_compiler()
+    about = "\n".join([SOURCE.read_text(), compiler, *COMPILING, processor()])
+    file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
+    try:
+        if not file.exists():
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
+                compile_to(Path(beside) / file.name, compiler)
+                (Path(beside) / file.name).replace(file)
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        raise Uncompiled(str(error)) from None
+
+
+def chosen_compiler() -> str:
+    """$CC, or the first that is found."""
+    named = os.environ.get("CC")
+    found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+    if found is None:
+        sought = (
+            f"the compiler that CC names, {named}," if named else f"a C compiler ({', '.join(COMPILERS)})"
+        )
+        raise Uncompiled(f"{sought} is not found")
+    return found
+
+
+def compile_to(file: Path, compiler: str) -> None:
+    """In two steps: linked with -fopenmp it would bring an OpenMP of its own, whose threads contend with PyTorch's."""
+    object_file = file.with_suffix(".o")
+    for arguments in (
+        (*COMPILING, str(SOURCE), "-o", str(object_file)),
+        ("-shared", str(object_file), "-o", str(file)),
+    ):
+        try:
+            done = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Uncompiled(f"{compiler} took more than {SECONDS} seconds") from None
+        if done.returncode:
+            told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise Uncompiled(f"{compiler} says: {told[0] if told else done.returncode}")
+
+
+def processor() -> str:
+    """What the machine's instructions are: a library made for others may end the process."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith("flags")), "")

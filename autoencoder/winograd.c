@@ -1,0 +1,328 @@
+/* 3x3 convolutions of channels-last maps with a quarter of the multiplications, in float32: F(4x4,3x3)
+   (Winograd 1980; Lavin and Gray 2016).
+
+   Four neighbouring values of a row convolved with three weights depend on six pixels. Taken for polynomials, both are
+   multiplied value by value at six points: 6 products instead of 12, for rows and columns at once 36 instead of 144.
+   The points are 0, A, -A, B, -B and infinity, with A = 2/3 and B = 3/2: rounding errors are 1.7 times those of a direct
+   convolution, with the usual 1 and 2 four times (Barabasz et al. 2020).
+
+   Maps are float32, or bfloat16 (narrow), which is widened and rounded as it is read and written.
+   C, O: channels in and out, multiples of PANEL. A tile is 4x4 values; `at the points` a map has 36 for each tile.
+   Threads share tiles or channels out, never a sum: results do not depend on how many there are.
+   All functions return 0, or 1 where memory is short.
+   Called by autoencoder/winograd.py; vectors are those of GCC and Clang. */
+
+#include <stdlib.h>
+
+#if defined(__AVX512F__)
+enum { LANES = 16, ROWS = 12 };
+#else
+enum { LANES = 8, ROWS = 6 };
+#endif
+/* ROWS x 2 vectors are summed in registers. */
+enum { PANEL = 2 * LANES, TILE = 4, SEEN = 6, POINTS = 36 };
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef unsigned bits __attribute__((vector_size(4 * LANES)));
+typedef unsigned short half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+#define INLINE static inline __attribute__((always_inline))
+
+static const float A = 2. / 3, B = 3. / 2, AA = 4. / 9, BB = 9. / 4, SQUARES = 97. / 36;
+static const float KA = 1 / (2 * 4. / 9 * (4. / 9 - 9. / 4)), KB = 1 / (2 * 9. / 4 * (9. / 4 - 4. / 9));
+
+int winograd_panel(void) { return PANEL; }
+
+/* Maps of [samples,height,width,channels], and how they are cut into tiles. */
+typedef struct {
+  long samples, height, width, down, across, tiles;
+} grid;
+
+typedef struct {
+  long sample, top, left; /* of its values */
+} place;
+
+static grid cut(long samples, long height, long width) {
+  long down = (height + TILE - 1) / TILE, across = (width + TILE - 1) / TILE;
+  return (grid){samples, height, width, down, across, samples * down * across};
+}
+
+static place where(grid g, long tile) {
+  return (place){tile / (g.down * g.across), TILE * (tile / g.across % g.down), TILE * (tile % g.across)};
+}
+
+/* Which pixel of a map, or -1 outside of it; `doubled`, the map has half the height and width, and each pixel is seen
+   four times. */
+INLINE long pixel(grid g, place p, long row, long column, int doubled) {
+  long y = p.top + row, x = p.left + column;
+  if (y < 0 || y >= g.height || x < 0 || x >= g.width) return -1;
+  return (p.sample * (g.height >> doubled) + (y >> doubled)) * (g.width >> doubled) + (x >> doubled);
+}
+
+INLINE vec load(const void *map, long at, int narrow) {
+  if (!narrow) return *(const vec *)((const float *)map + at);
+  half h = *(const half *)((const unsigned short *)map + at);
+  return (vec)(__builtin_convertvector(h, bits) << 16);
+}
+
+INLINE void store(void *map, long at, int narrow, vec value) {
+  if (!narrow) {
+    *(vec *)((float *)map + at) = value;
+    return;
+  }
+  bits b = (bits)value; /* to nearest, ties to even */
+  b = (b + 0x7fff + (b >> 16 & 1)) >> 16;
+  *(half *)((unsigned short *)map + at) = __builtin_convertvector(b, half);
+}
+
+/* Six pixels of a row or a column => points; six points => four values; four values => points, the transpose of that;
+   three weights => points; six points => three weights, the transpose. Strides are in vectors. */
+INLINE void pixels_to_points(const vec *x, long by, vec *y, long to) {
+  vec even_a = KA * (x[4 * by] - BB * x[2 * by]), odd_a = KA * A * (x[3 * by] - BB * x[by]);
+  vec even_b = KB * (x[4 * by] - AA * x[2 * by]), odd_b = KB * B * (x[3 * by] - AA * x[by]);
+  y[0] = x[0] - SQUARES * x[2 * by] + x[4 * by];
+  y[to] = even_a + odd_a, y[2 * to] = even_a - odd_a;
+  y[3 * to] = even_b + odd_b, y[4 * to] = even_b - odd_b;
+  y[5 * to] = x[by] - SQUARES * x[3 * by] + x[5 * by];
+}
+
+INLINE void points_to_values(const vec *x, long by, vec *y, long to) {
+  vec even_a = x[by] + x[2 * by], odd_a = A * (x[by] - x[2 * by]);
+  vec even_b = x[3 * by] + x[4 * by], odd_b = B * (x[3 * by] - x[4 * by]);
+  y[0] = x[0] + even_a + even_b;
+  y[to] = odd_a + odd_b;
+  y[2 * to] = AA * even_a + BB * even_b;
+  y[3 * to] = AA * odd_a + BB * odd_b + x[5 * by];
+}
+
+INLINE void values_to_points(const vec *x, long by, vec *y, long to) {
+  vec even_a = x[0] + AA * x[2 * by], odd_a = A * (x[by] + AA * x[3 * by]);
+  vec even_b = x[0] + BB * x[2 * by], odd_b = B * (x[by] + BB * x[3 * by]);
+  y[0] = x[0];
+  y[to] = even_a + odd_a, y[2 * to] = even_a - odd_a;
+  y[3 * to] = even_b + odd_b, y[4 * to] = even_b - odd_b;
+  y[5 * to] = x[3 * by];
+}
+
+INLINE void weights_to_points(const vec *x, long by, vec *y, long to) {
+  vec even_a = x[0] + AA * x[2 * by], even_b = x[0] + BB * x[2 * by];
+  y[0] = x[0];
+  y[to] = even_a + A * x[by], y[2 * to] = even_a - A * x[by];
+  y[3 * to] = even_b + B * x[by], y[4 * to] = even_b - B * x[by];
+  y[5 * to] = x[2 * by];
+}
+
+INLINE void points_to_weights(const vec *x, long by, vec *y, long to) {
+  vec even_a = x[by] + x[2 * by], even_b = x[3 * by] + x[4 * by];
+  y[0] = x[0] + even_a + even_b;
+  y[to] = A * (x[by] - x[2 * by]) + B * (x[3 * by] - x[4 * by]);
+  y[2 * to] = AA * even_a + BB * even_b + x[5 * by];
+}
+
+/* y [rows,PANEL] (+)= x [rows,length] w [length,PANEL], for as many rows as registers hold. */
+INLINE void product(int rows, const float *x, long by_row, long by_term, const float *w, long length, float *y, int add) {
+  vec sum[ROWS][2];
+  for (int i = 0; i < rows; i++)
+    for (int h = 0; h < 2; h++) sum[i][h] = add ? ((vec *)y)[2 * i + h] : (vec){0};
+  for (long k = 0; k < length; k++) {
+    vec first = ((const vec *)w)[2 * k], second = ((const vec *)w)[2 * k + 1];
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+      float value = x[i * by_row + k * by_term];
+      sum[i][0] += value * first, sum[i][1] += value * second;
+    }
+  }
+  for (int i = 0; i < rows; i++)
+    for (int h = 0; h < 2; h++) ((vec *)y)[2 * i + h] = sum[i][h];
+}
+
+#define CASE(N) case N: product(N, x, by_row, by_term, w, length, y, add); break;
+INLINE void products(long rows, const float *x, long by_row, long by_term, const float *w, long length, float *y, int add) {
+  for (; rows > 0; rows -= ROWS, x += ROWS * by_row, y += ROWS * PANEL)
+    switch (rows < ROWS ? rows : ROWS) {
+      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+      CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+    }
+}
+
+/* Tiles [rows,C] times weights [C,PANEL]; and, added up, tiles [T,rows] transposed times tiles [T,PANEL]. */
+static void forward(long rows, const float *x, const float *w, long seen, float *y) {
+  products(rows, x, seen, 1, w, seen, y, 0);
+}
+
+static void backward(long rows, const float *x, const float *w, long tiles, float *y, int add) {
+  products(rows, x, 1, rows, w, tiles, y, add);
+}
+
+/* Pixels of a tile, for LANES channels from `at` on => points, `to` floats apart. */
+INLINE void take_pixels(const void *map, int narrow, const long *pixels, long channels, long at, float *points, long to) {
+  vec x[POINTS], y[POINTS];
+  for (int i = 0; i < POINTS; i++) x[i] = pixels[i] < 0 ? (vec){0} : load(map, pixels[i] * channels + at, narrow);
+  for (int i = 0; i < SEEN; i++) pixels_to_points(x + SEEN * i, 1, y + SEEN * i, 1);
+  for (int i = 0; i < SEEN; i++) pixels_to_points(y + i, SEEN, x + i, SEEN);
+  for (int i = 0; i < POINTS; i++) *(vec *)(points + i * to) = x[i];
+}
+
+/* Tiles => [36,block,C], the first `count` of the block. */
+INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long first, long count, long channels, long block, float *points) {
+  for (long t = 0; t < count; t++) {
+    long pixels[POINTS];
+    place p = where(g, first + t);
+    for (int i = 0; i < POINTS; i++) pixels[i] = pixel(g, p, i / SEEN - 1, i % SEEN - 1, doubled);
+    for (long at = 0; at < channels; at += LANES)
+      take_pixels(map, narrow, pixels, channels, at, points + t * channels + at, block * channels);
+  }
+}
+
+/* Points [36,block,PANEL] of tiles => values, from channel `at` on. */
+INLINE void put_values(const float *points, long block, grid g, long first, long count, const float *bias, const void *rest,
+                       void *map, int narrow, long channels, long at) {
+  for (long t = 0; t < count; t++)
+    for (long half = 0; half < PANEL; half += LANES) {
+      vec x[POINTS], y[TILE * SEEN];
+      place p = where(g, first + t);
+      for (int i = 0; i < POINTS; i++) x[i] = *(const vec *)(points + (i * block + t) * PANEL + half);
+      for (int i = 0; i < SEEN; i++) points_to_values(x + i, SEEN, y + i, SEEN);
+      for (int i = 0; i < TILE; i++) points_to_values(y + SEEN * i, 1, x + TILE * i, 1);
+      for (int i = 0; i < TILE * TILE; i++) {
+        long pixel_ = pixel(g, p, i / TILE, i % TILE, 0), to = pixel_ * channels + at + half;
+        if (pixel_ < 0) continue;
+        if (bias) x[i] += *(const vec *)(bias + at + half);
+        if (rest) x[i] += load(rest, to, narrow);
+        store(map, to, narrow, x[i]);
+      }
+    }
+}
+
+/* Weight [made,seen,3,3], of which the strides are told => points [made/PANEL,36,seen,PANEL]. */
+int winograd_weights(const float *weight, const long *strides, float *points, long seen, long made, int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads)
+  for (long panel = 0; panel < made / PANEL; panel++)
+    for (long c = 0; c < seen; c++)
+      for (long half = 0; half < 2; half++) {
+        vec x[9], y[3 * SEEN], z[POINTS];
+        const float *from = weight + (panel * PANEL + half * LANES) * strides[0] + c * strides[1];
+        for (int i = 0; i < 9; i++)
+          for (int lane = 0; lane < LANES; lane++)
+            x[i][lane] = from[lane * strides[0] + i / 3 * strides[2] + i % 3 * strides[3]];
+        for (int i = 0; i < 3; i++) weights_to_points(x + i, 3, y + i, 3);
+        for (int i = 0; i < SEEN; i++) weights_to_points(y + 3 * i, 1, z + SEEN * i, 1);
+        for (int i = 0; i < POINTS; i++) ((vec *)points)[2 * ((panel * POINTS + i) * seen + c) + half] = z[i];
+      }
+  return 0;
+}
+
+INLINE int convolve(const void *x, int narrow, int doubled, const float *weights, const float *bias, const void *rest, void *y, grid g,
+                    long seen, long made, int threads) {
+  /* weights larger than a core's cache are read once a block; of few blocks, channels are shared out too */
+  long block = seen * made < 1 << 16 ? ROWS : 2 * ROWS, panels = made / PANEL;
+  long blocks = (g.tiles + block - 1) / block, parts = blocks < 2 * threads ? (2 * threads + blocks - 1) / blocks : 1;
+  if (parts > panels) parts = panels;
+  long each = POINTS * block * (seen + PANEL), next = 0;
+  float *scratch = aligned_alloc(64, threads * each * sizeof(float));
+  if (!scratch) return 1;
+#pragma omp parallel num_threads(threads)
+  {
+    long thread, ready = -1;
+#pragma omp atomic capture
+    thread = next++;
+    float *from = scratch + thread * each, *to = from + POINTS * block * seen;
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < blocks * parts; item++) {
+      long number = item / parts, part = item % parts, first = number * block;
+      long count = g.tiles - first < block ? g.tiles - first : block;
+      if (ready != number) all_pixels(x, narrow, doubled, g, first, count, seen, block, from);
+      ready = number;
+      for (long panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
+        const float *w = weights + panel * POINTS * seen * PANEL;
+        for (long i = 0; i < POINTS; i++)
+          forward(count, from + i * block * seen, w + i * seen * PANEL, seen, to + i * block * PANEL);
+        put_values(to, block, g, first, count, bias, rest, y, narrow, made, panel * PANEL);
+      }
+    }
+  }
+  free(scratch);
+  return 0;
+}
+
+/* Maps x [samples,height,width,seen], or to be doubled to that, => y [...,made] from the points of weights; bias [made] and rest, like y, or null. */
+int winograd(const void *x, int doubled, int narrow, const float *weights, const float *bias, const void *rest, void *y, long samples,
+             long height, long width, long seen, long made, int threads) {
+  grid g = cut(samples, height, width);
+  if (narrow) return convolve(x, 1, doubled, weights, bias, rest, y, g, seen, made, threads);
+  return convolve(x, 0, doubled, weights, bias, rest, y, g, seen, made, threads);
+}
+
+/* A tile of what comes back [...,made] => points [made/PANEL,36,tiles,PANEL], those of tile t. */
+INLINE void take_values(const void *map, int narrow, grid g, long tile, long made, float *points, long tiles, long t) {
+  place p = where(g, tile);
+  for (long at = 0; at < made; at += LANES) {
+    vec x[TILE * TILE], y[TILE * SEEN], z[POINTS];
+    for (int i = 0; i < TILE * TILE; i++) {
+      long pixel_ = pixel(g, p, i / TILE, i % TILE, 0);
+      x[i] = pixel_ < 0 ? (vec){0} : load(map, pixel_ * made + at, narrow);
+    }
+    for (int i = 0; i < TILE; i++) values_to_points(x + i, TILE, y + i, TILE);
+    for (int i = 0; i < SEEN; i++) values_to_points(y + TILE * i, 1, z + SEEN * i, 1);
+    float *to = points + at / PANEL * POINTS * tiles * PANEL + t * PANEL + at % PANEL;
+    for (int i = 0; i < POINTS; i++) *(vec *)(to + i * tiles * PANEL) = z[i];
+  }
+}
+
+/* Sums at the points, [made/PANEL,36,seen,PANEL] => gradients of weights [made,seen,3,3] in any layout. */
+INLINE void put_weights(const float *points, long panel, long c, long seen, float *weight, const long *strides) {
+  float *to = weight + panel * PANEL * strides[0] + c * strides[1];
+  for (long half = 0; half < 2; half++) {
+    vec x[POINTS], y[3 * SEEN], z[9];
+    for (int i = 0; i < POINTS; i++) x[i] = ((const vec *)points)[2 * ((panel * POINTS + i) * seen + c) + half];
+    for (int i = 0; i < SEEN; i++) points_to_weights(x + i, SEEN, y + i, SEEN);
+    for (int i = 0; i < 3; i++) points_to_weights(y + SEEN * i, 1, z + 3 * i, 1);
+    for (int lane = 0; lane < LANES; lane++)
+      for (int i = 0; i < 9; i++)
+        to[(half * LANES + lane) * strides[0] + i / 3 * strides[2] + i % 3 * strides[3]] = z[i][lane];
+  }
+}
+
+INLINE int gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides, grid g, long seen,
+                    long made, int threads) {
+  /* so many tiles at once that a cache holds them at the points, and that sums are not read and written too often */
+  long panels = made / PANEL, budget = seen * made * POINTS;
+  budget = budget < 1 << 20 ? 1 << 20 : budget > 1 << 22 ? 1 << 22 : budget;
+  long chunk = budget / (POINTS * (seen + made));
+  if (chunk < 2 * ROWS) chunk = 2 * ROWS;
+  if (chunk > g.tiles) chunk = g.tiles;
+  float *scratch = aligned_alloc(64, POINTS * (chunk * (seen + made) + seen * made) * sizeof(float));
+  if (!scratch) return 1;
+  float *pixels = scratch, *values = pixels + POINTS * chunk * seen, *sums = values + POINTS * chunk * made;
+#pragma omp parallel num_threads(threads)
+  {
+    for (long first = 0; first < g.tiles; first += chunk) {
+      long count = g.tiles - first < chunk ? g.tiles - first : chunk;
+#pragma omp for
+      for (long t = 0; t < count; t++) {
+        all_pixels(x, narrow, doubled, g, first + t, 1, seen, chunk, pixels + t * seen);
+        take_values(back, narrow, g, first + t, made, values, chunk, t);
+      }
+#pragma omp for collapse(2)
+      for (long panel = 0; panel < panels; panel++)
+        for (long i = 0; i < POINTS; i++) {
+          long at = panel * POINTS + i;
+          backward(seen, pixels + i * chunk * seen, values + at * chunk * PANEL, count, sums + at * seen * PANEL, first > 0);
+        }
+    }
+#pragma omp for collapse(2)
+    for (long panel = 0; panel < panels; panel++)
+      for (long c = 0; c < seen; c++) put_weights(sums, panel, c, seen, weight, strides);
+  }
+  free(scratch);
+  return 0;
+}
+
+/* Gradient of weights [made,seen,3,3], of which the strides are told, from maps x [...,seen] and what comes back. */
+int winograd_gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides, long samples,
+                      long height, long width, long seen, long made, int threads) {
+  grid g = cut(samples, height, width);
+  if (narrow) return gradient(x, doubled, back, 1, weight, strides, g, seen, made, threads);
+  return gradient(x, doubled, back, 0, weight, strides, g, seen, made, threads);
+}
