@@ -1,9 +1,10 @@
 """python -m benchmarks.harness [--steps 30] [--batch 16] [--profile]
 
-What a `Run` costs: a step of stage 2 through it, cache, noise, checks, average, notes and log included, in turns with
-one of forward, backward and optimizer alone, of a network as in configs/scenes; on a GPU the benchmark takes Stable
-Diffusion's, in bf16. Seconds are of this thread's processor time where there is no GPU, so that other programs on the
-machine do not count.
+What a `Run` costs: a step of stage 2 through it, in turns with the same mathematics written down by hand: forward and
+loss, backward, clipping, optimizer, average of the weights. So the harness is what is left: batches read from a cache,
+noise that each sample has for itself, dropped conditions, checks that all is finite, signals, notes, log, progress bar,
+Accelerate. The network is as in configs/scenes; on a GPU the benchmark takes Stable Diffusion's, in bf16. Seconds are of
+this thread's processor time where there is no GPU, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.timing import Effort, Row
 from ldm.cache import LatentCache
@@ -45,7 +46,7 @@ SCENES = UNetConfig(
     attention_head_dim=4,
     cross_attention_dim=128,
 )
-PICTURES, TOKENS = 1024, 16
+PICTURES, TOKENS, DECAY = 1024, 16, 0.999
 WARM = 2
 """First steps that are not counted"""
 
@@ -71,7 +72,7 @@ def through_a_run(
     run: Run, unet: UNet, rates: OptimizerConfig, cache: LatentCache, tell: Callable[[dict], Cond]
 ) -> Iterator[Tensor]:
     """One step of the loop of train_ldm.py each time it is asked; gives the losses."""
-    ema = EMA(0.999, unet=unet)
+    ema = EMA(DECAY, unet=unet)
     wrapped, optimizer = run.prepare(unet, make_optimizer(rates, [unet]))
     shape = cache.shape
     path = Flow().at(shape[1] ** 2)
@@ -97,8 +98,10 @@ def cached(side: int) -> LatentCache:
 
 
 def alone(run: Run, unet: UNet, side: int, tokens: Tensor) -> Iterator[None]:
-    """Forward, backward and optimizer, on noise that is there already."""
+    """The mathematics of a step, on noise that is there already."""
     optimizer = make_optimizer(OptimizerConfig(), [unet])
+    weights = [*unet.parameters()]
+    means = [p.detach().clone() for p in weights]
     path = Flow().at(side**2)
     denoiser = Denoiser(unet, path, make_prediction("flow", path))
     z, noise = (torch.randn(len(tokens), 4, side, side, device=run.device) for _ in range(2))
@@ -107,8 +110,11 @@ def alone(run: Run, unet: UNet, side: int, tokens: Tensor) -> Iterator[None]:
         with run.accelerator.autocast():
             loss = denoiser.loss(z, Cond(tokens=tokens), t=t, noise=noise).mean()
         loss.backward()
+        nn.utils.clip_grad_norm_(weights, run.config.max_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(means, weights, 1 - DECAY)
         yield
 
 
