@@ -183,11 +183,11 @@ class Muon(torch.optim.AdamW):
             self.state[p]["step"] += 1  # AdamW looks for it when a state is loaded
         momenta = [self.state[p]["momentum"] for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-        nesterov = torch._foreach_lerp(grads, momenta, self.momentum)
+        torch._foreach_lerp_(grads, momenta, self.momentum)  # Nesterov's, in place: gradients end here
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for members in _by_shape(parameters).values():
             steps = orthogonalise(
-                torch.stack([whole(nesterov[i]).reshape(parameters[i].shape[0], -1) for i in members])
+                torch.stack([whole(grads[i]).reshape(parameters[i].shape[0], -1) for i in members])
             )
             scale = 0.2 * math.sqrt(max(steps.shape[1:]))
             for i, update in zip(members, steps, strict=True):

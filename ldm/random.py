@@ -37,6 +37,14 @@ def _streams(seed: int, purpose: str, positions: Tensor) -> Iterator[np.random.G
         yield generator
 
 
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seed what PyTorch itself draws on the CPU and on a device: as `torch.manual_seed`, which asks every kind of
+    accelerator there is, a fiftieth of the time."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def normal(seed: int, purpose: str, positions: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal noise [B, *shape], float32: row i depends on (seed, purpose, positions[i]) alone."""
     rows = np.empty((len(positions), *shape), dtype=np.float32)

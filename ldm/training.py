@@ -263,7 +263,7 @@ class Run(RunLog):
                 for batch in read(dataset, stream, workers, self.config.timeout):
                     self._watchdog.beat()
                     self._writer.check()
-                    torch.manual_seed(self._dropout_seed(batch))
+                    random.seed_torch(self._dropout_seed(batch), self.device)
                     positions = {
                         "position": batch.pop("position")
                     }  # read on the CPU, by `normal` and `uniform`
@@ -356,7 +356,7 @@ class Run(RunLog):
 
     def seed(self, purpose: str) -> None:
         """Make what PyTorch draws next, such as initial weights, the same on all processes, whatever it drew before."""
-        torch.manual_seed(int(random.stream(self.config.seed, purpose, 0).integers(2**63)))
+        random.seed_torch(int(random.stream(self.config.seed, purpose, 0).integers(2**63)), self.device)
 
     def normal(self, purpose: str, batch: dict[str, Tensor], shape: Sequence[int]) -> Tensor:
         """Noise [B, *shape] for the samples of a batch: a function of seed, purpose and position."""

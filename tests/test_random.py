@@ -15,3 +15,10 @@ def test_each_row_is_of_its_own_stream(seed: int) -> None:
         assert torch.equal(row, torch.from_numpy(drawn))
         assert number == random.stream(seed, "time", position).uniform()
     assert not torch.equal(noise[0], noise[1]) and torch.equal(noise[1], noise[4])
+
+
+def test_what_pytorch_draws_is_seeded_as_by_itself() -> None:
+    torch.manual_seed(2**63 - 1)
+    wanted = torch.rand(4)
+    random.seed_torch(2**63 - 1, torch.device("cpu"))
+    assert torch.equal(torch.rand(4), wanted)
