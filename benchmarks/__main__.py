@@ -12,8 +12,9 @@ import gc
 import json
 import platform
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ from tqdm import tqdm
 
 from autoencoder.files import write_text
 from benchmarks.models import compiling, device, on_gpu, shape
-from benchmarks.rows import ROWS, Measurable
+from benchmarks.peaks import peaks
+from benchmarks.rows import NETWORKS, ROWS, Measurable
 from benchmarks.timing import FULL, QUICK, Row, matrix_rate
 
 HEADER = (
     f"{'':72} {'ratio':>6}  {'quartiles':>11} {'target':>6} {'fast peer':>9} {'difference':>10} "
-    f"{'ours':>12} {'of peak':>7}"
+    f"{'ours':>12} {'of peak':>7} {'MB, ours and peer':>17}"
 )
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     failed: list[str] = []
     print(HEADER)
     for cases in ROWS:
-        for made in measured(cases(shape()), options.only, options.quick):
+        for made in measured(partial(cases, shape()), options.only, options.quick, cases in NETWORKS):
             if isinstance(made, Row):
                 found.append(made)
                 tqdm.write(line(made))
@@ -70,12 +72,19 @@ def main() -> None:
         )
 
 
-def measured(cases: Iterator[Measurable], words: list[str], quick: bool) -> Iterator[Row | str]:
-    """Rows whose names hold any of the words, or what went wrong: the others are none the worse for it."""
-    for case in cases:
+def measured(
+    cases: Callable[[], Iterator[Measurable]], words: list[str], quick: bool, networks: bool = False
+) -> Iterator[Row | str]:
+    """Rows whose names hold any of the words, or what went wrong: the others are none the worse for it.
+
+    Args:
+        networks: whether their memory is measured too, unless it is to be quick.
+    """
+    for case in cases():
         if any(word in case.name for word in words) and not (quick and case.long):
             try:
-                row = case.measure(QUICK if quick else FULL)
+                held = peaks(cases, case) if networks and not quick else {}
+                row = replace(case.measure(QUICK if quick else FULL), **held)
                 yield for_a_gpu(row) if on_gpu() else row
             except Exception as error:
                 traceback.print_exc()
@@ -105,11 +114,11 @@ def keep(file: Path, found: list[Row], failed: list[str]) -> None:
 
 def line(row: Row) -> str:
     low, high = row.spread or (row.ratio, row.ratio)
-    ours = f"{row.ours:.0f} MB" if row.unit == "mb" else f"{row.ours * 1e3:.1f} ms"
+    most = [shown(mb, ".0f") for mb in (row.ours_peak_mb, row.peer_peak_mb)]
     return (
         f"{row.name:72} {row.ratio:6.2f}  {low:5.2f}-{high:5.2f} {shown(row.target, '.2f'):>6} "
-        f"{shown(row.fast_ratio, '.2f'):>9} {shown(row.difference, '.0e'):>10} {ours:>12} "
-        f"{shown(row.share_of_peak, '.0%'):>7}"
+        f"{shown(row.fast_ratio, '.2f'):>9} {shown(row.difference, '.0e'):>10} {row.ours * 1e3:>9.1f} ms "
+        f"{shown(row.share_of_peak, '.0%'):>7} {most[0]:>10} {most[1]:>6}"
     )
 
 

@@ -1,8 +1,9 @@
 """What only a fresh process shows: how long the first picture takes from `import` on, and the most memory held.
 
-    python -m benchmarks.fresh ours|stock draw|train FOLDER
+    python -m benchmarks.fresh ours|stock FOLDER
 
-does one of it and prints {"seconds", "peak_mb"}; nothing of the other side is imported.
+draws one and prints {"seconds", "peak_mb"}; nothing of the other side is imported. The memory is all that the process
+holds, interpreter and libraries included.
 """
 
 from __future__ import annotations
@@ -22,55 +23,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.timing import Effort, Row  # which import torch, and that is part of what is timed
 
-PROMPT, STEPS, GUIDANCE, BATCH = "a large red circle", 20, 4.0, 16
+PROMPT, STEPS, GUIDANCE = "a large red circle", 20, 4.0
 STATUS = Path("/proc/self/status")  # Linux
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """A row of fresh processes: `task` by ours and by diffusers, on the folder that `make` writes."""
+    """The row: by ours and by diffusers, in turns, from the folder of one stock pipeline."""
 
-    name: str
-    task: str
-    unit: str
-    target: float | None
     size: Any
+    name: str = "import to first picture, fresh process"
     long: bool = False
 
     def measure(self, effort: Effort) -> Row:
         from benchmarks.timing import Row
 
-        found: dict[str, list[float]] = {"ours": [], "stock": []}
+        found: dict[str, list[dict[str, float]]] = {side: [] for side in DRAW}
         with tempfile.TemporaryDirectory() as folder:
             save(self.size, Path(folder))
             for _ in range(effort.least):
                 for side, values in found.items():
-                    values.append(ran(side, self.task, folder)["peak_mb" if self.unit == "mb" else "seconds"])
-            made = [Path(folder) / f"{side}.png" for side in found]
-            unlike = difference(*made) if self.task == "draw" else None
-        ratios = [b / a for a, b in zip(found["ours"], found["stock"], strict=True)]
+                    values.append(ran(side, folder))
+            unlike = difference(*(Path(folder) / f"{side}.png" for side in found))
+        seconds, most = (
+            [[one[key] for one in values] for values in found.values()] for key in ("seconds", "peak_mb")
+        )
+        ratios = [peer / ours for ours, peer in zip(*seconds, strict=True)]
         return Row(
             name=self.name,
             ratio=statistics.median(ratios),
             spread=(min(ratios), max(ratios)),
-            target=self.target,
-            unit=self.unit,
-            ours=statistics.median(found["ours"]),
-            peer=statistics.median(found["stock"]),
+            target=1 / 0.6,
+            ours=statistics.median(seconds[0]),
+            peer=statistics.median(seconds[1]),
             difference=unlike,
+            ours_peak_mb=statistics.median(most[0]),
+            peer_peak_mb=statistics.median(most[1]),
         )
 
 
 def rows(size: Any) -> Iterator[Fresh]:
-    yield Fresh("import to first picture, fresh process", "draw", "s", 1 / 0.6, size)
-    yield Fresh("peak memory of the first picture, fresh process", "draw", "mb", None, size)
-    yield Fresh(
-        "peak memory of latent training, 3 steps, fresh process", "train", "mb", None, size, long=True
-    )
+    yield Fresh(size)
 
 
-def ran(side: str, task: str, folder: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.fresh", side, task, folder]
+def ran(side: str, folder: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.fresh", side, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -130,50 +127,13 @@ def draw_stock(folder: Path) -> None:
     made.images[0].save(folder / "stock.png")
 
 
-def train_ours(folder: Path) -> None:
-    from ldm.conditioning import Cond
-    from ldm.unet import UNet
-
-    unet = UNet.from_pretrained(folder / "model" / "unet").train()
-    train(unet, unet.config, lambda x, t, tokens: unet(x, t, Cond(tokens=tokens)))
-
-
-def train_stock(folder: Path) -> None:
-    from diffusers import UNet2DConditionModel
-
-    unet: Any = UNet2DConditionModel.from_pretrained(folder / "model" / "unet").train()
-    train(unet, unet.config, lambda x, t, tokens: unet(x, t, tokens).sample)
-
-
-def train(unet: Any, config: Any, forward: Any) -> None:
-    """Three steps of AdamW on noise; on a GPU under autocast, as everyone trains there."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet.to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-9, fused=True)
-    x = torch.randn(BATCH, 4, config.sample_size, config.sample_size, device=device)
-    tokens = torch.randn(BATCH, 32, config.cross_attention_dim, device=device)
-    for _ in range(3):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            made = forward(x, torch.full((BATCH,), 500.0, device=device), tokens)
-        made.float().square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-TASKS = {
-    ("ours", "draw"): draw_ours,
-    ("stock", "draw"): draw_stock,
-    ("ours", "train"): train_ours,
-    ("stock", "train"): train_stock,
-}
+DRAW = {"ours": draw_ours, "stock": draw_stock}
 
 
 def main() -> None:
     start = time.perf_counter()
-    side, task, folder = sys.argv[1:]
-    TASKS[side, task](Path(folder))
+    side, folder = sys.argv[1:]
+    DRAW[side](Path(folder))
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak_mb": peak_mb()}))
 

@@ -1,10 +1,10 @@
 """python -m benchmarks.harness [--steps 30] [--batch 16] [--profile]
 
 What a `Run` costs: a step of stage 2 through it, in turns with the same mathematics written down by hand: forward and
-loss, backward, clipping, optimizer, average of the weights. So the harness is what is left: batches read from a cache,
-noise that each sample has for itself, dropped conditions, checks that all is finite, signals, notes, log, progress bar,
-Accelerate. The network is as in configs/scenes; on a GPU the benchmark takes Stable Diffusion's, in bf16. Seconds are of
-this thread's processor time where there is no GPU, so that other programs on the machine do not count.
+loss, backward, clipping, optimizer, average of the weights. The harness is what is left: batches read from a cache,
+noise that each sample has for itself, dropped conditions, checks that all is finite, signals, notes, log, progress
+bar, Accelerate. The network is as in configs/scenes; on a GPU the benchmark takes Stable Diffusion's, in bf16. Seconds
+are of this thread's processor time where there is no GPU, so that other programs on the machine do not count.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Protocol
 from benchmarks import autoencoder_rows, fresh, loop_rows, unet_rows
 from benchmarks.harness import Overhead
 from benchmarks.models import Shape, on_gpu
-from benchmarks.timing import Effort, Row
+from benchmarks.timing import Case, Effort, Row
 from ldm.unet_config import UNetConfig
 
 
@@ -29,13 +29,17 @@ def harness(size: Shape) -> Iterator[Measurable]:
         yield Overhead()
 
 
-ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
+NETWORKS: tuple[Callable[[Shape], Iterator[Case]], ...] = (
     unet_rows.forward,
     unet_rows.sampling,
     unet_rows.hasty,
     autoencoder_rows.passes,
     unet_rows.training,  # after it the C library keeps what is freed, for both sides
     autoencoder_rows.training,
+)
+"""Those whose memory is measured too"""
+ROWS: tuple[Callable[[Shape], Iterator[Measurable]], ...] = (
+    *NETWORKS,
     loop_rows.loops,
     loop_rows.stock_loops,
     harness,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
@@ -60,15 +60,13 @@ FULL, QUICK = Effort(seconds=10, least=2), Effort(seconds=1.5, least=1)
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What came of a case. `ours` and `peer` are medians, in `unit`."""
+    """What came of a case. `ours` and `peer` are medians, in seconds of one call."""
 
     name: str
     ratio: float
     """peer / ours: the median of the rounds"""
     ours: float
     peer: float
-    unit: str = "s"
-    """s: seconds of one call; mb: megabytes at most held"""
     spread: tuple[float, float] | None = None
     """Quartiles of the ratio"""
     target: float | None = None
@@ -78,32 +76,22 @@ class Row:
     difference: float | None = None
     """Largest difference of the results over the largest absolute value of the peer's"""
     fast_peer: float | None = None
-    """The peer with its documented fast settings, in `unit`"""
+    """The peer with its documented fast settings, likewise"""
     fast_ratio: float | None = None
-    """fast_peer / ours, likewise"""
+    """fast_peer / ours: the median of the rounds"""
     per_second: float | None = None
     """Pictures, samples or steps a second, ours"""
     share_of_peak: float | None = None
     """Floating-point operations of the peer's formulas a second of ours, over those of this machine's matrix product"""
     share_target: float | None = None
+    ours_peak_mb: float | None = None
+    """The most memory held in a call, as `benchmarks.peaks` counts it, or of a fresh process all"""
+    peer_peak_mb: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """As the record keeps it; seconds are None where megabytes are compared."""
-        unit = self.unit
-        return {
-            "name": self.name,
-            "ratio": self.ratio,
-            "spread": self.spread,
-            "target": self.target,
-            "difference": self.difference,
-            **{"ours_s": None, "peer_s": None, f"ours_{unit}": self.ours, f"peer_{unit}": self.peer},
-            f"fast_peer_{unit}": self.fast_peer,
-            "fast_ratio": self.fast_ratio,
-            "fast_target": self.fast_target,
-            "per_second": self.per_second,
-            "share_of_peak": self.share_of_peak,
-            "share_target": self.share_target,
-        }
+        """As the record keeps it: seconds say so in their names."""
+        timed = "ours", "peer", "fast_peer"
+        return {f"{key}_s" if key in timed else key: value for key, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """What the benchmark says of a row: not how fast anything is."""
 
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,11 +13,29 @@ from benchmarks import models, timing
 from benchmarks.__main__ import for_a_gpu, measured
 from benchmarks.autoencoder_rows import passes
 from benchmarks.models import SMALL, Shape, told, unets
+from benchmarks.peaks import peaks
 from benchmarks.timing import Case, Effort, Giving, Keeping, Row
-from benchmarks.unet_rows import forward, our_loop, stock_loop
+from benchmarks.unet_rows import forward, our_loop, stock_loop, training
 from ldm.guidance import Guidance
+from ldm.memory import CLEAR
 
-KEYS = {"name", "ratio", "target", "difference", "ours_s", "peer_s", "share_of_peak"}
+KEYS = {
+    "name",
+    "ratio",
+    "target",
+    "difference",
+    "ours_s",
+    "peer_s",
+    "share_of_peak",
+    "ours_peak_mb",
+    "peer_peak_mb",
+}
+TINY = Shape(
+    unet=SMALL.unet | {"block_out_channels": (32, 32, 64)},
+    autoencoder={},
+    latents=(8,),
+    picture=32,
+)
 
 
 def slow(seconds: float, value: float) -> torch.Tensor:
@@ -52,14 +71,8 @@ def test_each_side_has_its_own_memory_in_its_turns(monkeypatch: pytest.MonkeyPat
 
 def test_both_sides_draw_the_same() -> None:
     """The loops that are compared, on a small network: preparation and guidance against diffusers' own classes."""
-    tiny = Shape(
-        unet=SMALL.unet | {"block_out_channels": (32, 32, 64)},
-        autoencoder={},
-        latents=(8,),
-        picture=32,
-    )
-    ours, peer = unets(tiny)
-    told_ = told(tiny, 2), told(tiny, 2, seed=9), torch.randn(2, 4, 8, 8)
+    ours, peer = unets(TINY)
+    told_ = told(TINY, 2), told(TINY, 2, seed=9), torch.randn(2, 4, 8, 8)
     for sampler in ("ddim", "dpmpp_2m"):
         wanted = stock_loop(peer, sampler, 5, *told_)
         made = our_loop(ours, "f32", sampler, 5, *told_, Kept())
@@ -68,9 +81,42 @@ def test_both_sides_draw_the_same() -> None:
         assert float((hasty - wanted).abs().max() / wanted.abs().max()) > 1e-4
 
 
-def test_every_row_has_the_same_keys() -> None:
-    row = Row(name="memory", ratio=1.0, ours=1.0, peer=1.0, unit="mb").as_dict()
-    assert row.keys() >= KEYS and row["ours_mb"] == 1.0 and row["ours_s"] is None
+HELD = 2**20
+"""Numbers of what stays, 4 MB"""
+
+
+def holders() -> Iterator[Case]:
+    """Ours takes 64 MB and gives 60 back; the peer keeps 4 of the 8 that it takes, and trains."""
+    others = torch.ones(16 * HELD)  # of which nothing is counted
+    kept: list[torch.Tensor] = []
+
+    def ours() -> None:
+        kept.append(torch.ones(16 * HELD)[:HELD].clone())
+
+    def peer() -> None:
+        kept.append(torch.ones(2 * HELD)[:HELD].clone())
+
+    yield Case(name="another", ours=others.sum, peer=others.sum)
+    yield Case(name="holders", ours=ours, peer=Keeping(peer))
+
+
+def steps() -> Iterator[Case]:
+    return training(TINY)
+
+
+@pytest.mark.skipif(not CLEAR.exists(), reason="reads peak memory from /proc, which Linux has")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU the tensors there are counted")
+def test_the_most_memory_of_each_side() -> None:
+    """Of one call, or of two of training; not what others hold, and not what was there before."""
+    cases = {case.name: case for case in holders()}
+    held = peaks(holders, cases["holders"])
+    assert held["ours_peak_mb"] == pytest.approx(68, abs=3)
+    assert held["peer_peak_mb"] == pytest.approx(16, abs=3)
+
+    case = next(steps())
+    weights = sum(p.numel() for p in unets(TINY)[0].parameters()) * 4 / 2**20
+    for most in peaks(steps, case).values():  # a gradient and two means of each weight, and activations
+        assert most is not None and most > 3 * weights - 2
 
 
 def test_a_row_that_fails_is_told_and_does_not_end_the_benchmark() -> None:
@@ -79,7 +125,7 @@ def test_a_row_that_fails_is_told_and_does_not_end_the_benchmark() -> None:
 
     one = Case(name="one", ours=fails, peer=fails)
     other = Case(name="other", ours=lambda: slow(0, 1.0), peer=lambda: slow(0, 1.0), precision=None)
-    told, row = measured(iter([one, other]), [""], quick=True)
+    told, row = measured(lambda: iter([one, other]), [""], quick=True)
     assert told == "one: RuntimeError: out of memory" and isinstance(row, Row) and row.name == "other"
 
 
