@@ -39,7 +39,7 @@ def main() -> None:
     reader.add_argument(
         "--quick",
         action="store_true",
-        help="few rounds, and not the longest rows: about three minutes instead of thirteen",
+        help="few rounds, without memory and the longest rows: about three minutes",
     )
     reader.add_argument(
         "--only", nargs="+", default=[""], metavar="WORDS", help="rows whose name holds any of these"

@@ -100,7 +100,7 @@ def cached(side: int) -> LatentCache:
 def alone(run: Run, unet: UNet, side: int, tokens: Tensor) -> Iterator[None]:
     """The mathematics of a step, on noise that is there already."""
     optimizer = make_optimizer(OptimizerConfig(), [unet])
-    weights = [*unet.parameters()]
+    weights: list[Tensor] = [*unet.parameters()]
     means = [p.detach().clone() for p in weights]
     path = Flow().at(side**2)
     denoiser = Denoiser(unet, path, make_prediction("flow", path))

@@ -18,7 +18,7 @@ from ldm.device import DTYPES, Precision
 from ldm.unet import UNet
 from ldm.unet_config import UNetConfig
 
-diffusers.logging.set_verbosity_error()  # it warns of each `to` of a dtype
+diffusers.utils.logging.set_verbosity_error()  # it warns of each `to` of a dtype
 TEXT, TOKENS = 384, 32
 
 

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 
 from benchmarks.models import device, on_gpu
-from benchmarks.timing import Case, Keeping, Work
+from benchmarks.rows import Measurable
+from benchmarks.timing import Keeping, Work
 from ldm.memory import STATUS, Memory
 
-Cases = Callable[[], Iterator[Case]]
+Cases = Callable[[], Iterator[Measurable]]
 SIDES = "ours", "peer"
 
 
-def peaks(cases: Cases, case: Case) -> dict[str, float | None]:
-    """The fields of `Row` that tell the memory of a case; None where the system does not (neither CUDA nor Linux).
+def peaks(cases: Cases, case: Measurable) -> dict[str, Any]:
+    """The fields of `Row` that tell the memory of a `Case`; None where the system does not (neither CUDA nor Linux).
 
     Args:
         cases: gives the case again, by its name, in another process; importable there.
@@ -45,9 +46,7 @@ def in_fresh_process(cases: Cases, name: str, side: str) -> float | None:
 
 def alone(cases: Cases, name: str, side: str) -> float | None:
     """`most_held` of one side of the case of a name, once all that was made for others is let go."""
-    rows = cases()
-    work: Work = next(getattr(case, side) for case in rows if case.name == name)
-    rows.close()  # type: ignore[attr-defined]  # a generator, which holds networks
+    work: Work = next(getattr(case, side) for case in cases() if case.name == name)
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
