@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import library
+from autoencoder.compiled import call, library
 
 TILE, POINTS = 4, 36
 FEW = {torch.float32: 8, torch.bfloat16: 48}
@@ -31,34 +31,11 @@ LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 
 
-KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long}
-SIGNATURES = {
-    "winograd_panel": "",
-    "winograd_weights": "ppplli",
-    "winograd": "piippppllllli",
-    "winograd_gradient": "pipippllllli",
-}
-"""Of the functions: addresses, numbers, sizes, and last on how many threads"""
-
-
-@cache
-def functions() -> dict[str, Any]:
-    """Empty where they are not to be had."""
-    made = library()
-    return typed(made) if made else {}
-
-
-def typed(made: ctypes.CDLL) -> dict[str, Any]:
-    found = {name: getattr(made, name) for name in SIGNATURES}
-    for name, function in found.items():
-        function.argtypes = [KINDS[letter] for letter in SIGNATURES[name]]
-    return found
-
-
 @cache
 def panel() -> int:
     """Of how many channels it takes multiples; 0 where it is not to be had."""
-    return functions()["winograd_panel"]() if functions() else 0
+    made = library()
+    return made.winograd_panel() if made else 0
 
 
 def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
@@ -106,12 +83,6 @@ def gradient(x: Tensor, back: Tensor, weight: Tensor, doubled: bool = False) -> 
     maps = x.data_ptr(), doubled, back.data_ptr(), narrow(x), of_weight.data_ptr(), strides(of_weight)
     call("winograd_gradient", *maps, samples, height, width, x.shape[1], made)
     return of_weight
-
-
-def call(name: str, *arguments: object) -> None:
-    """A function of the C, on as many threads as PyTorch takes."""
-    if functions()[name](*arguments, torch.get_num_threads()):
-        raise MemoryError("There is not memory enough for a convolution.")
 
 
 def strides(weight: Tensor) -> ctypes.Array[ctypes.c_long]:
