@@ -21,11 +21,24 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("winograd.c")
+FOLDER = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
 COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
 SECONDS = 60
 """After which a compiler is given up"""
+
+
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float}
+SIGNATURES = {
+    "winograd_panel": "",
+    "winograd_weights": "ppplli",
+    "winograd": "piippppllllli",
+    "winograd_gradient": "pipippllllli",
+    "norm_lanes": "",
+    "norm_forward": "ppppppfiilllli",
+    "norm_backward": "pppppppppiilllli",
+}
+"""Of the functions: addresses, flags, sizes, and last on how many threads"""
 
 
 class Uncompiled(Exception):
@@ -43,11 +56,17 @@ def library() -> ctypes.CDLL | None:
         return opened(usual_folder())
     except Uncompiled as why:
         warnings.warn(
-            f"The convolutions in {SOURCE.name} can't be used: {why}. Drawing and training on the CPU take PyTorch's "
-            "own, which are slower.",
+            f"Our convolutions and normalisations in C can't be used: {why}. Drawing and training on the CPU take "
+            "PyTorch's own, which are slower.",
             stacklevel=2,
         )
         return None
+
+
+def call(name: str, *arguments: object) -> None:
+    """A function of the library, tensors by their addresses, on as many threads as PyTorch takes."""
+    if getattr(library(), name)(*arguments, torch.get_num_threads()):
+        raise MemoryError("There is not memory enough to compute in.")
 
 
 def usual_folder() -> Path:
@@ -63,7 +82,8 @@ def opened(folder: Path) -> ctypes.CDLL:
         Uncompiled: there is no compiler, it fails, or what it made can't be loaded.
     """
     compiler = chosen_compiler()
-    about = "\n".join([SOURCE.read_text(), compiler, *COMPILING, processor()])
+    texts = [file.read_text() for file in sorted(FOLDER.glob("*.[ch]"))]
+    about = "\n".join([*texts, compiler, *COMPILING, processor()])
     file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
     try:
         if not file.exists():
@@ -71,9 +91,12 @@ def opened(folder: Path) -> ctypes.CDLL:
             with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
                 compile_to(Path(beside) / file.name, compiler)
                 (Path(beside) / file.name).replace(file)
-        return ctypes.CDLL(str(file))
+        made = ctypes.CDLL(str(file))
     except OSError as error:
         raise Uncompiled(str(error)) from None
+    for name, kinds in SIGNATURES.items():
+        getattr(made, name).argtypes = [KINDS[kind] for kind in kinds]
+    return made
 
 
 def chosen_compiler() -> str:
@@ -90,18 +113,21 @@ def chosen_compiler() -> str:
 
 def compile_to(file: Path, compiler: str) -> None:
     """In two steps: linked with -fopenmp it would bring an OpenMP of its own, whose threads contend with PyTorch's."""
-    object_file = file.with_suffix(".o")
-    for arguments in (
-        (*COMPILING, str(SOURCE), "-o", str(object_file)),
-        ("-shared", str(object_file), "-o", str(file)),
-    ):
-        try:
-            done = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Uncompiled(f"{compiler} took more than {SECONDS} seconds") from None
-        if done.returncode:
-            told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise Uncompiled(f"{compiler} says: {told[0] if told else done.returncode}")
+    objects = []
+    for source in sorted(FOLDER.glob("*.c")):
+        objects.append(str(file.with_name(f"{source.stem}.o")))
+        run(compiler, *COMPILING, str(source), "-o", objects[-1])
+    run(compiler, "-shared", *objects, "-lm", "-o", str(file))
+
+
+def run(compiler: str, *arguments: str) -> None:
+    try:
+        done = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Uncompiled(f"{compiler} took more than {SECONDS} seconds") from None
+    if done.returncode:
+        told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise Uncompiled(f"{compiler} says: {told[0] if told else done.returncode}")
 
 
 def processor() -> str:

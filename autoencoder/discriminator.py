@@ -5,8 +5,6 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import GroupNorm
-
 SLOPE = 0.2  # of the leaky ReLUs below zero
 
 
@@ -30,7 +28,7 @@ class Discriminator(nn.Module):
             nn.Conv2d(before, after, 4, stride=2 if i + 1 < layers else 1, padding=1)
             for i, (before, after) in enumerate(pairwise(widths))
         )
-        self.norms = nn.ModuleList(GroupNorm(max(1, width // 16), width) for width in widths[1:])
+        self.norms = nn.ModuleList(nn.GroupNorm(max(1, width // 16), width) for width in widths[1:])
         self.conv_out = nn.Conv2d(widths[-1], 1, 4, padding=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -47,7 +47,7 @@ class Prepared:
         x = self.conv_in(z.to(self.dtype, memory_format=torch.channels_last))
         for layer in self.layers:
             x = layer(x)
-        return self.conv_out(self.norm_out.silu(x)).float()
+        return self.conv_out(self.norm_out(x, silu=True)).float()
 
 
 class Attending:

@@ -5,14 +5,13 @@ Shapes: B batch, C channels, H x W pixels (or latent pixels), T channels of the 
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from autoencoder.norms import GroupNorm
 from autoencoder.winograd import Conv3x3
 
 
@@ -36,63 +35,6 @@ def enable_checkpointing(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, Checkpointed):
             module.checkpointing = True
-
-
-LARGE = 1024
-"""Pixels from which PyTorch's forward pass of GroupNorm over channels-last maps in bf16 is fast; there it is another"""
-BACKWARD = getattr(torch.ops.aten, "native_group_norm_backward", None)
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm that trains fast on a CPU.
-
-    Where a group has few channels, PyTorch's backward pass over channels-last activations in bf16 takes up to 50 times
-    as long as over contiguous ones (8x16x64x64 in 8 groups, two cores: 5.3 against 0.2 ms). In float32 it does not, so
-    that from 4 channels a group on it pays to go there (docs/log.md): and back, or in the backward pass alone where the
-    map is large.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        each = self.num_channels // self.num_groups
-        trains = x.device.type == "cpu" and torch.is_grad_enabled() and _channels_last(x)
-        if each >= 16 or x.dtype != torch.bfloat16 or not trains:
-            return super().forward(x)
-        if each < 4:
-            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
-        scale, shift = self.weight.float(), self.bias.float()  # which a network in bf16 has in bf16
-        # one group is a narrow discriminator's, whose penalty asks for a second gradient
-        if self.num_groups > 1 and x.shape[2] * x.shape[3] >= LARGE and BACKWARD is not None:
-            return LargeNorm.apply(x, scale, shift, self.num_groups, self.eps)  # type: ignore[no-any-return, no-untyped-call]
-        return F.group_norm(x.float(), self.num_groups, scale, shift, self.eps).to(x.dtype)
-
-
-class LargeNorm(torch.autograd.Function):
-    """GroupNorm of large channels-last maps [B,C,H,W] in bf16, weights in float32: PyTorch's forward pass in bf16, its
-    backward pass in float32, and what is kept between them in bf16.
-
-    At 8x64x64x64 in 8 groups, two cores, forward 0.4 instead of 1.7 ms by way of float32, backward alike.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        samples, channels, height, width = x.shape
-        sizes = samples, channels, height * width, groups
-        made, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps=eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.sizes = sizes
-        return made
-
-    @staticmethod
-    @once_differentiable  # what is saved here has no gradient of its own
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, mean, rstd = ctx.saved_tensors
-        wide = (part.float() for part in (gradient, x, mean, rstd))
-        into, of_weight, of_bias = BACKWARD(*wide, weight, *ctx.sizes, [True] * 3)  # type: ignore[misc]
-        return into.to(x.dtype), of_weight, of_bias, None, None
-
-
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class ResnetBlock(nn.Module):
@@ -137,19 +79,19 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """[B, in_channels, H, W], time embedding [B, T] before its SiLU => [B, out_channels, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x, silu=True))
         if self.time_emb_proj is None:
-            h = self.norm2(h)
+            h = self.norm2(h, silu=True)
         else:
             if temb is None:
                 raise ValueError("temb is None: this ResnetBlock was built with temb_channels, pass [B, T].")
             time = self.time_emb_proj(F.silu(temb))[:, :, None, None]
             if self.scale_shift:
                 scale, shift = time.chunk(2, dim=1)
-                h = self.norm2(h) * (1 + scale) + shift
+                h = F.silu(self.norm2(h) * (1 + scale) + shift)
             else:
-                h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+                h = self.norm2(h + time, silu=True)
+        h = self.conv2(self.dropout(h))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return x + h

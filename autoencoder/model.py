@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import Attention, Checkpointed, Downsample, GroupNorm, ResnetBlock, Upsample
+from autoencoder.layers import Attention, Checkpointed, Downsample, ResnetBlock, Upsample
+from autoencoder.norms import GroupNorm
 from autoencoder.store import StockConfig
 
 
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 class Decoder(nn.Module):
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
 
 def at_least_float32(x: Tensor) -> Tensor:

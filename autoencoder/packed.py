@@ -128,8 +128,11 @@ class Kept(Generic[Packed]):
         Args:
             way: on what else the result depends: precision, sizes.
         """
-        weights = [*network.parameters()]
-        norms = torch.stack([p.detach().norm().float() for p in weights]).tolist()  # a GPU is waited for once
+        weights: list[Tensor] = [*network.parameters()]
+        with torch.no_grad():
+            norms = torch.stack(
+                [n.float() for n in torch._foreach_norm(weights)]
+            ).tolist()  # a GPU is waited for once
         seen = [(id(p), p.data_ptr(), changes(p)) for p in weights]
         wanted = network, way, seen, norms
         last = self._last

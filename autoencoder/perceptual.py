@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from autoencoder import winograd
+
 Classifier = Literal["alex", "vgg", "squeeze"]
 
 SMALLEST = {"alex": 31, "vgg": 16, "squeeze": 17}
@@ -65,12 +67,16 @@ class Perceptual:
             warnings.simplefilter("ignore")  # it asks torchvision in yesterday's words
             network = LPIPS(net=config.network, pnet_rand=True, verbose=False)
         _fill(network.net, weights, config)
+        winograd.put_into(network.net)
         self.network: nn.Module = network.requires_grad_(False).eval().to(device)
 
     def __call__(self, made: Tensor, originals: Tensor) -> Tensor:
         """[B,3,H,W] in [-1, 1], twice => [B]. In float32, whatever the run's precision."""
         with torch.autocast(made.device.type, enabled=False):
-            return self.network(made.float(), originals.float()).flatten()
+            pictures = (
+                part.float().contiguous(memory_format=torch.channels_last) for part in (made, originals)
+            )
+            return self.network(*pictures).flatten()
 
 
 def classifier_weights(network: Classifier, place: str | None) -> dict[str, Tensor]:

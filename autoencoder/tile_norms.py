@@ -30,7 +30,7 @@ class TileNorms:
 
         Set `weight` before each tile: [H, W], how much each of its pixels counts; those of all tiles add up to 1.
         """
-        hooks = [norm.register_forward_hook(self._normalise) for norm in self.norms]
+        hooks = [norm.register_forward_hook(self._normalise, with_kwargs=True) for norm in self.norms]
         try:
             yield
         finally:
@@ -45,7 +45,9 @@ class TileNorms:
         self._sums = {}
 
     @torch.no_grad()
-    def _normalise(self, norm: nn.GroupNorm, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+    def _normalise(
+        self, norm: nn.GroupNorm, inputs: tuple[Tensor], options: dict[str, bool], out: Tensor
+    ) -> Tensor:
         x = inputs[0]  # [B, C, H, W]
         sums = self._moments(x, norm.num_groups)
         self._sums[norm] = self._sums[norm] + sums if norm in self._sums else sums
@@ -55,9 +57,9 @@ class TileNorms:
         per_group = x.shape[1] // norm.num_groups
         scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group, 1) * norm.weight  # [B, C]
         shift = norm.bias - mean.repeat_interleave(per_group, 1) * scale
-        return torch.mul(x, scale[:, :, None, None].to(x.dtype), out=out).add_(
-            shift[:, :, None, None].to(x.dtype)
-        )
+        scale, shift = (part[:, :, None, None].to(x.dtype) for part in (scale, shift))
+        made = torch.mul(x, scale, out=out).add_(shift)
+        return F.silu(made, inplace=True) if options.get("silu") else made
 
     def _moments(self, x: Tensor, groups: int) -> Tensor:
         """[3, B, G] float64: weighted number, sum and sum of squares of x [B, C, H, W], a group at a time."""

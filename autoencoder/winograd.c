@@ -10,22 +10,17 @@
    C, O: channels in and out, multiples of PANEL. A tile is 4x4 values; `at the points` a map has 36 for each tile.
    Threads share tiles or channels out, never a sum: results do not depend on how many there are.
    All functions return 0, or 1 where memory is short.
-   Called by autoencoder/winograd.py; vectors are those of GCC and Clang. */
+   Called by autoencoder/winograd.py. */
 
-#include <stdlib.h>
+#include "vectors.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 12 };
+enum { ROWS = 12 };
 #else
-enum { LANES = 8, ROWS = 6 };
+enum { ROWS = 6 };
 #endif
 /* ROWS x 2 vectors are summed in registers. */
 enum { PANEL = 2 * LANES, TILE = 4, SEEN = 6, POINTS = 36 };
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef unsigned bits __attribute__((vector_size(4 * LANES)));
-typedef unsigned short half __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 
 static const float A = 2. / 3, B = 3. / 2, AA = 4. / 9, BB = 9. / 4, SQUARES = 97. / 36;
 static const float KA = 1 / (2 * 4. / 9 * (4. / 9 - 9. / 4)), KB = 1 / (2 * 9. / 4 * (9. / 4 - 4. / 9));
@@ -56,22 +51,6 @@ INLINE long pixel(grid g, place p, long row, long column, int doubled) {
   long y = p.top + row, x = p.left + column;
   if (y < 0 || y >= g.height || x < 0 || x >= g.width) return -1;
   return (p.sample * (g.height >> doubled) + (y >> doubled)) * (g.width >> doubled) + (x >> doubled);
-}
-
-INLINE vec load(const void *map, long at, int narrow) {
-  if (!narrow) return *(const vec *)((const float *)map + at);
-  half h = *(const half *)((const unsigned short *)map + at);
-  return (vec)(__builtin_convertvector(h, bits) << 16);
-}
-
-INLINE void store(void *map, long at, int narrow, vec value) {
-  if (!narrow) {
-    *(vec *)((float *)map + at) = value;
-    return;
-  }
-  bits b = (bits)value; /* to nearest, ties to even */
-  b = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  *(half *)((unsigned short *)map + at) = __builtin_convertvector(b, half);
 }
 
 /* Six pixels of a row or a column => points; six points => four values; four values => points, the transpose of that;

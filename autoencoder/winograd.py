@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import library
+from autoencoder.compiled import call, library
 
 TILE, POINTS = 4, 36
 FEW = {torch.float32: 8, torch.bfloat16: 48}
@@ -31,34 +31,11 @@ LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 
 
-KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long}
-SIGNATURES = {
-    "winograd_panel": "",
-    "winograd_weights": "ppplli",
-    "winograd": "piippppllllli",
-    "winograd_gradient": "pipippllllli",
-}
-"""Of the functions: addresses, numbers, sizes, and last on how many threads"""
-
-
-@cache
-def functions() -> dict[str, Any]:
-    """Empty where they are not to be had."""
-    made = library()
-    return typed(made) if made else {}
-
-
-def typed(made: ctypes.CDLL) -> dict[str, Any]:
-    found = {name: getattr(made, name) for name in SIGNATURES}
-    for name, function in found.items():
-        function.argtypes = [KINDS[letter] for letter in SIGNATURES[name]]
-    return found
-
-
 @cache
 def panel() -> int:
     """Of how many channels it takes multiples; 0 where it is not to be had."""
-    return functions()["winograd_panel"]() if functions() else 0
+    made = library()
+    return made.winograd_panel() if made else 0
 
 
 def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
@@ -74,11 +51,20 @@ def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool
     return min(sides) >= TILE and tiles >= few[x.dtype] and 4 * POINTS * made * seen <= LARGEST
 
 
-def at_points(weight: Tensor) -> Tensor:
-    """Weights [O,C,3,3] in float32, laid out in any way, as `convolved` wants them: [O/panel,36,C,panel]."""
-    made, seen = weight.shape[:2]
+def at_points(weight: Tensor, back: bool = False) -> Tensor:
+    """Weights [O,C,3,3] in float32, laid out in any way, as `convolved` wants them: [O/panel,36,C,panel].
+
+    `back`: those of the convolution that takes gradients back, turned round, with in and out exchanged.
+    """
+    address, (made, seen) = weight.data_ptr(), weight.shape[:2]
+    by_made, by_seen, by_row, by_column = weight.stride()
+    if back:
+        address += 4 * (2 * by_row + 2 * by_column)  # bytes to the last of the nine
+        made, seen, by_made, by_seen, by_row, by_column = seen, made, by_seen, by_made, -by_row, -by_column
     points = weight.new_empty(made // panel(), POINTS, seen, panel())
-    call("winograd_weights", weight.data_ptr(), strides(weight), points.data_ptr(), seen, made)
+    call(
+        "winograd_weights", address, longs(by_made, by_seen, by_row, by_column), points.data_ptr(), seen, made
+    )
     return points
 
 
@@ -92,7 +78,8 @@ def convolved(
     samples, seen, height, width = x.shape
     made, height, width = points.shape[0] * points.shape[3], height << doubled, width << doubled
     x, rest = channels_last(x), None if rest is None else channels_last(rest)
-    y = x.new_empty(samples, height, width, made).permute(0, 3, 1, 2)
+    # no view of a tensor: what comes after may work in place
+    y = torch.empty((samples, made, height, width), dtype=x.dtype, memory_format=torch.channels_last)
     added = (None if part is None else part.data_ptr() for part in (bias, rest))
     maps = x.data_ptr(), doubled, narrow(x), points.data_ptr(), *added, y.data_ptr()
     call("winograd", *maps, samples, height, width, seen, made)
@@ -103,19 +90,13 @@ def gradient(x: Tensor, back: Tensor, weight: Tensor, doubled: bool = False) -> 
     """Of weights [O,C,3,3] in float32, from maps [B,C,H,W] and what comes back, as `convolved` made it."""
     samples, made, height, width = back.shape
     x, back, of_weight = channels_last(x), channels_last(back), torch.empty_like(weight)
-    maps = x.data_ptr(), doubled, back.data_ptr(), narrow(x), of_weight.data_ptr(), strides(of_weight)
+    maps = x.data_ptr(), doubled, back.data_ptr(), narrow(x), of_weight.data_ptr(), longs(*of_weight.stride())
     call("winograd_gradient", *maps, samples, height, width, x.shape[1], made)
     return of_weight
 
 
-def call(name: str, *arguments: object) -> None:
-    """A function of the C, on as many threads as PyTorch takes."""
-    if functions()[name](*arguments, torch.get_num_threads()):
-        raise MemoryError("There is not memory enough for a convolution.")
-
-
-def strides(weight: Tensor) -> ctypes.Array[ctypes.c_long]:
-    return (ctypes.c_long * 4)(*weight.stride())
+def longs(*numbers: int) -> ctypes.Array[ctypes.c_long]:
+    return (ctypes.c_long * len(numbers))(*numbers)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -141,8 +122,10 @@ class Winograd(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         into = None
         if ctx.needs_input_grad[0]:
-            into = convolved(back, at_points(weight.flip(2, 3).transpose(0, 1)))
+            into = convolved(back, at_points(weight, back=True))
             into = F.avg_pool2d(into, 2, divisor_override=1) if ctx.doubled else into
+        if not ctx.needs_input_grad[1]:
+            return into, None, None, None
         return into, gradient(x, back, weight, ctx.doubled), back.sum((0, 2, 3), dtype=torch.float32), None
 
 
@@ -157,9 +140,25 @@ class Conv3x3(nn.Conv2d):
         if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
             x = x.to(torch.get_autocast_dtype("cpu"))
         whole = self.weight.dtype == torch.float32
-        if whole and torch.is_grad_enabled() and serves(x, self.weight, TRAINS, doubled):
+        if whole and serves(x, self.weight, TRAINS, doubled):
             return Winograd.apply(x, self.weight, self.bias, doubled)  # type: ignore[no-any-return, no-untyped-call]
         return super().forward(twice(x) if doubled else x)
+
+
+def put_into(network: nn.Module) -> None:
+    """In place of a network's own 3x3 convolutions that keep the size; weights stay the same tensors."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Conv2d and fits(layer):
+                with torch.device("meta"):
+                    ours = Conv3x3(layer.in_channels, layer.out_channels)
+                ours.weight, ours.bias = layer.weight, layer.bias
+                setattr(parent, name, ours)
+
+
+def fits(layer: nn.Conv2d) -> bool:
+    own = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+    return own == ((3, 3), (1, 1), (1, 1), (1, 1)) and layer.groups == 1 and layer.bias is not None
 
 
 def twice(x: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import Checkpointed, Downsample, GroupNorm, ResnetBlock, Upsample
+from autoencoder.layers import Checkpointed, Downsample, ResnetBlock, Upsample
+from autoencoder.norms import GroupNorm
 
 
 class Prompt(NamedTuple):

@@ -4,9 +4,8 @@ Drawing and decoding:
     CPU     networks prepared for oneDNN (`ldm.fast`, `autoencoder.fast`): same results, packed at the first call
     others  the networks as they are; if bf16 is asked for, a U-Net of weights in bf16, which autocast would make anew
             in each step (5 GB to read and write for Stable Diffusion's), and the autoencoder under autocast
-Drawing and training on a CPU: 3x3 convolutions in C (`autoencoder.winograd`).
-Training on a CPU: GroupNorm of bf16 maps by whichever way is fast (`autoencoder.layers`), freed
-memory kept for the next step (`ldm.memory.keep_freed`).
+Drawing and training on a CPU: 3x3 convolutions (`autoencoder.winograd`) and GroupNorm (`autoencoder.norms`) in C, where
+there is a compiler. Training there: freed memory kept for the next step (`ldm.memory.keep_freed`).
 Chosen elsewhere, because one way is the best on all: AdamW in one fused kernel (`ldm.optim`), averages of weights by
 multi-tensor operations (`ldm.ema`). Attention is PyTorch's, but for short sequences in bf16 on a CPU (`ldm.blocks`).
 Compiling is left to `run.compile`: it pays on a GPU, and gave 4 % for a minute of compiling on a CPU.

@@ -146,7 +146,7 @@ class Prepared:
         skips = [x]
         x = layers.down[0].layers(x, skips, told)
         x = layers.up[-1].up(self._within(layers, x, skips, told), skips, told)
-        return layers.conv_out(layers.norm_out.silu(x)).float()
+        return layers.conv_out(layers.norm_out(x, silu=True)).float()
 
     def _within(self, layers: Layers, x: Tensor, skips: list[Tensor], told: Told) -> Tensor:
         """What comes up to the finest level, from what goes down from it; or what came up at an earlier call."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.layers import GroupNorm
+from autoencoder.norms import GroupNorm
 from autoencoder.store import load_folder, save_folder
 from ldm.blocks import DownBlock, MidBlock, Prompt, UpBlock
 from ldm.conditioning import Cond
@@ -124,7 +124,7 @@ class UNet(nn.Module):
         x = self.mid_block(x, emb, prompt)
         for block in self.up_blocks:
             x = block(x, skips, emb, prompt)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, silu=True))
 
     def embed(self, t: Tensor, cond: Cond) -> Tensor:
         """Embed the times [B] and whatever of the condition belongs to the whole picture => [B,T]."""
