@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from autoencoder.notices import Notice
+
 FOLDER = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
 COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
@@ -59,6 +61,7 @@ def library() -> ctypes.CDLL | None:
         warnings.warn(
             f"Our convolutions and normalisations in C can't be used: {why}. Drawing and training on the CPU take "
             "PyTorch's own, which are slower.",
+            Notice,
             stacklevel=2,
         )
         return None
