@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from autoencoder.notices import Notice
 
 FOLDER = Path(__file__).parent
 COMPILERS = "cc", "gcc", "clang"
@@ -53,11 +56,12 @@ def library() -> ctypes.CDLL | None:
     if sys.platform != "linux" or platform.machine() != "x86_64" or not vectors:
         return None
     try:
-        return opened(usual_folder())
+        return opened_somewhere()
     except Uncompiled as why:
         warnings.warn(
             f"Our convolutions and normalisations in C can't be used: {why}. Drawing and training on the CPU take "
             "PyTorch's own, which are slower.",
+            Notice,
             stacklevel=2,
         )
         return None
@@ -74,50 +78,59 @@ def usual_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "compiled"
 
 
+def opened_somewhere() -> ctypes.CDLL:
+    """From the user's cache; where that can't be written to, compiled for this process alone."""
+    try:
+        return opened(usual_folder())
+    except (OSError, RuntimeError):  # the second if there is no home
+        with tempfile.TemporaryDirectory() as folder:
+            return opened(Path(folder))  # a file that was opened may go
+
+
 def opened(folder: Path) -> ctypes.CDLL:
     """The library from a folder, put there if it is not: under a hash of all that it depends on, as several machines
     may share the folder.
 
     Raises:
         Uncompiled: there is no compiler, it fails, or what it made can't be loaded.
+        OSError: the folder can't be written to.
     """
-    compiler = chosen_compiler()
-    texts = [file.read_text() for file in sorted(FOLDER.glob("*.[ch]"))]
-    about = "\n".join([*texts, compiler, *COMPILING, processor()])
+    compiler, texts = chosen_compiler(), [file.read_text() for file in sorted(FOLDER.glob("*.[ch]"))]
+    about = "\n".join([*texts, *compiler, *COMPILING, processor()])
     file = folder / f"{hashlib.sha256(about.encode()).hexdigest()[:32]}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
+            compile_to(Path(beside) / file.name, compiler)
+            (Path(beside) / file.name).replace(file)
     try:
-        if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".") as beside:
-                compile_to(Path(beside) / file.name, compiler)
-                (Path(beside) / file.name).replace(file)
         made = ctypes.CDLL(str(file))
     except OSError as error:
-        raise Uncompiled(str(error)) from None
+        raise Uncompiled(f"{error} (it is made anew if you remove it)") from None
     for name, kinds in SIGNATURES.items():
         getattr(made, name).argtypes = [KINDS[kind] for kind in kinds]
     return made
 
 
-def chosen_compiler() -> str:
-    """$CC, or the first that is found."""
-    named = os.environ.get("CC")
-    found = next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+def chosen_compiler() -> list[str]:
+    """$CC, which may have arguments, or the first that is found."""
+    named = shlex.split(os.environ.get("CC", ""))
+    found = next(filter(None, map(shutil.which, named[:1] or COMPILERS)), None)
     if found is None:
         sought = (
-            f"the compiler that CC names, {named}," if named else f"a C compiler ({', '.join(COMPILERS)})"
+            f"the compiler that CC names, {named[0]}," if named else f"a C compiler ({', '.join(COMPILERS)})"
         )
         raise Uncompiled(f"{sought} is not found")
-    return found
+    return [found, *named[1:]]
 
 
-def compile_to(file: Path, compiler: str) -> None:
+def compile_to(file: Path, compiler: list[str]) -> None:
     """In two steps: linked with -fopenmp it would bring an OpenMP of its own, whose threads contend with PyTorch's."""
     objects = []
     for source in sorted(FOLDER.glob("*.c")):
         objects.append(str(file.with_name(f"{source.stem}.o")))
-        run(compiler, *COMPILING, str(source), "-o", objects[-1])
-    run(compiler, "-shared", *objects, "-lm", "-o", str(file))
+        run(*compiler, *COMPILING, str(source), "-o", objects[-1])
+    run(*compiler, "-shared", *objects, "-lm", "-o", str(file))
 
 
 def run(compiler: str, *arguments: str) -> None:

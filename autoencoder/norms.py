@@ -27,12 +27,17 @@ def lanes() -> int:
     return made.norm_lanes() if made else 0
 
 
-def serves(x: Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether these maps are normalised faster this way: channels-last ones, as others would have to be copied."""
-    if x.device.type != "cpu" or x.dim() != 4 or torch.compiler.is_compiling() or not lanes():
+    here = x.device.type == weight.device.type == "cpu" and x.dim() == 4 and x.numel() > 0
+    if not here or torch.compiler.is_compiling() or not lanes():
         return False
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return last and x.dtype in (torch.float32, torch.bfloat16) and x.shape[1] % lanes() == 0
+    fits = (
+        x.dtype in (torch.float32, torch.bfloat16)
+        and x.shape[1] == len(weight)
+        and len(weight) % lanes() == 0
+    )
+    return fits and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def normalised(
@@ -78,7 +83,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[B,C,H,W] => the same shape."""
-        if serves(x):
+        if serves(x, self.weight):
             weights = self.weight.float(), self.bias.float()  # which a network in bf16 has in bf16
             return Normalised.apply(x, *weights, self.num_groups, self.eps, silu)  # type: ignore[no-any-return, no-untyped-call]
         made = super().forward(x)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.notices import Notice
+
 ONEDNN: Any = torch.ops.mkldnn
 
 
@@ -179,6 +181,7 @@ def packs(dtype: torch.dtype) -> bool:
     warnings.warn(
         f"oneDNN's fused operators can't be used in {str(dtype).removeprefix('torch.')} ({why}); "
         "drawing takes PyTorch's own, which are slower.",
+        Notice,
         stacklevel=2,
     )
     return False

@@ -40,11 +40,12 @@ def panel() -> int:
 
 def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
     """Whether a convolution of these maps is faster this way, with weights [O,C,3,3]; `few` as FEW or TRAINS."""
-    if x.device.type != "cpu" or x.dtype not in few or torch.compiler.is_compiling() or not panel():
+    here = x.device.type == weight.device.type == "cpu" and x.dtype in few and x.dim() == 4
+    if not here or torch.compiler.is_compiling() or not panel():
         return False
-    samples, _, *sides = x.shape
+    samples, channels, *sides = x.shape
     made, seen = weight.shape[:2]
-    if made % panel() or seen % panel() or min(made, seen) < NARROW[x.dtype]:
+    if channels != seen or made % panel() or seen % panel() or min(made, seen) < NARROW[x.dtype]:
         return False
     sides = [side << doubled for side in sides]
     tiles = samples * prod(-(-side // TILE) for side in sides)

@@ -14,6 +14,8 @@ from typing import Any, NoReturn, TypeVar
 import jsonargparse
 import yaml
 
+from autoencoder.notices import spoken
+
 Recipe = TypeVar("Recipe")
 DRY_RUN = "--dry-run"
 
@@ -30,14 +32,16 @@ def command(
 ) -> Callable[[Callable[[Sequence[str]], None]], Callable[..., None]]:
     """Decorates the `main(argv)` of a command: bad input ends in one sentence on stderr and exit code 1.
 
-    So does what `explain` has a sentence for. With LDM_DEBUG=1 in the environment the traceback is shown instead.
+    So does what `explain` has a sentence for; notices are sentences too. With LDM_DEBUG=1 in the environment the
+    traceback is shown instead.
     """
 
     def decorate(main: Callable[[Sequence[str]], None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> None:
             try:
-                main(sys.argv[1:] if argv is None else argv)
+                with spoken(prog):
+                    main(sys.argv[1:] if argv is None else argv)
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             except Exception as problem:

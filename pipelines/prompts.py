@@ -10,6 +10,7 @@ from string import punctuation
 from threading import Lock
 from typing import TYPE_CHECKING
 
+from autoencoder.notices import Notice
 from ldm.conditioning import Text
 from ldm.config import UserError
 from ldm.tokens import encodings
@@ -25,7 +26,7 @@ READING = Lock()
 """Held while a tokenizer is called: the `tokenizers` library changes a tokenizer to read with it"""
 
 
-class Unread(UserWarning):
+class Unread(Notice):
     """Part of a prompt means nothing to the model: what is beyond the tokenizer's limit, or a word that it has not."""
 
 

@@ -115,8 +115,8 @@ def test_threads_and_the_rest_of_a_batch_change_nothing(dtype: torch.dtype) -> N
 
 def test_what_it_does_not_serve_is_pytorchs() -> None:
     norm, x = filled(GroupNorm(4, 32)), maps(32, (5, 5), torch.float32)
-    for unfit in (x.contiguous(), x[:, :24], x.double()):
-        assert not serves(unfit)
+    for unfit in (x.contiguous(), x[:, :24], x.double(), x[:0]):
+        assert not serves(unfit, norm.weight)
     made = norm(x.contiguous(), silu=True)
     assert torch.equal(made, F.silu(F.group_norm(x.contiguous(), 4, norm.weight, norm.bias, norm.eps)))
 

@@ -181,6 +181,24 @@ def test_it_is_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @needed
+def test_where_the_cache_cant_be_written_it_is_compiled_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiled.opened_somewhere().winograd_panel() == winograd.panel()
+
+
+@needed
+def test_what_doesnt_fit_is_refused_by_pytorch() -> None:
+    """Not read past its end."""
+    layer = Conv3x3(64, 64)
+    with pytest.raises(RuntimeError, match="expected input"):
+        layer(torch.randn(2, 32, 16, 16))
+    assert layer(torch.randn(64, 16, 16)).shape == (64, 16, 16)  # without samples, as PyTorch's own
+
+
+@needed
 def test_its_threads_are_pytorchs() -> None:
     """One OpenMP in the process: two would contend for the cores."""
     at_points(torch.randn(32, 32, 3, 3))
@@ -218,8 +236,8 @@ def test_without_a_compiler_it_is_pytorchs_own(
 
 def test_a_library_that_cant_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "compile_to", lambda file, compiler: file.write_text(64 * "no library"))
-    monkeypatch.setattr(compiled, "chosen_compiler", lambda: "cc")
-    with pytest.raises(compiled.Uncompiled, match="invalid ELF header"):
+    monkeypatch.setattr(compiled, "chosen_compiler", lambda: ["cc"])
+    with pytest.raises(compiled.Uncompiled, match=r"invalid ELF header.*if you remove it"):
         compiled.opened(tmp_path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ldm.config import command
 from pipelines.cli.doctor import add_doctor
-from pipelines.cli.draw import add_draw, spoken
+from pipelines.cli.draw import add_draw
 from pipelines.cli.edit import add_edit
 from pipelines.cli.evaluate import add_evaluate
 from pipelines.cli.plot import add_plot
@@ -88,8 +88,7 @@ def main(argv: Sequence[str]) -> None:
         options.prompt, more = more[0], []
     if more:
         reader.error(f"unrecognized arguments: {' '.join(flags or more)}")
-    with spoken():
-        options.run(options)
+    options.run(options)
 
 
 def run_report(options: argparse.Namespace) -> None:

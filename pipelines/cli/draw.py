@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -212,25 +209,6 @@ def words_of(asked: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         for name in ("prompts", "classes")
     )
     return [{"prompt": prompt, "class_name": name} for prompt, name in zip(*columns, strict=True)]
-
-
-@contextmanager
-def spoken() -> Iterator[None]:
-    """While open, what of a prompt means nothing to the model is said once, in a sentence."""
-    from pipelines.prompts import Unread
-
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def say(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            if category is Unread:
-                print(f"ldm: {message}", file=sys.stderr, flush=True)
-            else:
-                usual(message, category, *where)
-
-        warnings.simplefilter("once", Unread)
-        warnings.showwarning = say  # type: ignore[assignment]
-        yield
 
 
 def generate(options: argparse.Namespace) -> None:
