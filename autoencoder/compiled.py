@@ -37,6 +37,7 @@ SIGNATURES = {
     "winograd_weights": "ppplli",
     "winograd": "piippppllllli",
     "winograd_gradient": "pipippllllli",
+    "attention": "ppppppllllli",
     "norm_lanes": "",
     "norm_forward": "ppppppfiilllli",
     "norm_backward": "pppppppppiilllli",
@@ -59,8 +60,8 @@ def library() -> ctypes.CDLL | None:
         return opened_somewhere()
     except Uncompiled as why:
         warnings.warn(
-            f"Our convolutions and normalisations in C can't be used: {why}. Drawing and training on the CPU take "
-            "PyTorch's own, which are slower.",
+            f"Our convolutions, normalisations and attention in C can't be used: {why}. Drawing and training on the "
+            "CPU take PyTorch's own, which are slower.",
             Notice,
             stacklevel=2,
         )

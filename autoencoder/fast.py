@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.attention import attended, serves
 from autoencoder.fast_blocks import Conv3x3, Norm, Residual
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
@@ -61,8 +62,8 @@ class Attending:
 
     def __call__(self, x: Tensor) -> Tensor:
         q, k, v = (part.unsqueeze(1) for part in self.qkv(rows(self.norm(x))).chunk(3, dim=-1))
-        seen = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return maps(self.out.onto(seen, rows(x)), x)
+        seen = attended(q, k, v) if serves(q, k, v) else F.scaled_dot_product_attention(q, k, v)
+        return maps(self.out.onto(seen.squeeze(1), rows(x)), x)
 
 
 def in_order(network: Decoder) -> Iterator[nn.Module]:

@@ -30,25 +30,6 @@ INLINE long length(layout l, long chunk) { return chunk + 1 < l.chunks ? l.each 
 
 int norm_lanes(void) { return LANES; }
 
-INLINE vec chosen(bits where, vec one, vec other) { return (vec)((where & (bits)one) | (~where & (bits)other)); }
-
-/* e^x to 2 units in the last place (coefficients of Cephes, Moshier 1989); below -87 and above 88 as there. */
-INLINE vec exponential(vec x) {
-  const vec zero = {0}, magic = zero + 0x1.8p23f;
-  x = chosen((bits)(x < -87), zero - 87, x);
-  x = chosen((bits)(x > 88), zero + 88, x);
-  vec n = x * 1.44269504088896341f + magic; /* the whole number next to it, in the last bits */
-  bits exponent = (bits)n << 23;
-  n -= magic;
-  x = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vec y = 1.9875691500e-4f * x + 1.3981999507e-3f;
-  y = y * x + 8.3334519073e-3f;
-  y = y * x + 4.1665795894e-2f;
-  y = y * x + 1.6666665459e-1f;
-  y = y * x + 5.0000001201e-1f;
-  return (vec)((bits)(y * x * x + x + 1) + exponent);
-}
-
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
 /* Over a chunk, of each channel, sums of what differs from `origin`, the first pixel of the sample, and of its square:
@@ -77,12 +58,6 @@ INLINE double total(layout l, const float *sums, long sample, long which, long c
   double sum = 0;
   for (long k = 0; k < l.chunks; k++) sum += sums[((sample * l.chunks + k) * 2 + which) * l.channels + c];
   return sum;
-}
-
-INLINE float value(const void *map, long at, int narrow) {
-  if (!narrow) return ((const float *)map)[at];
-  union { unsigned bits; float value; } one = {(unsigned)((const unsigned short *)map)[at] << 16};
-  return one.value;
 }
 
 /* Mean and 1 / deviation of a sample's groups, of moments put together as Chan et al. 1983 do. */

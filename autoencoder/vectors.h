@@ -1,11 +1,17 @@
 /* Vectors of floats, as GCC and Clang have them, from maps in float32 or bfloat16 (narrow). */
 
+#include <immintrin.h>
 #include <stdlib.h>
 
+/* The larger and the smaller of two, lane by lane; of a number and NaN, the second. */
 #if defined(__AVX512F__)
 enum { LANES = 16 };
+#define LARGER _mm512_max_ps
+#define SMALLER _mm512_min_ps
 #else
 enum { LANES = 8 };
+#define LARGER _mm256_max_ps
+#define SMALLER _mm256_min_ps
 #endif
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -19,6 +25,12 @@ INLINE vec load(const void *map, long at, int narrow) {
   return (vec)(__builtin_convertvector(h, bits) << 16);
 }
 
+INLINE float value(const void *map, long at, int narrow) {
+  if (!narrow) return ((const float *)map)[at];
+  union { unsigned bits; float value; } one = {(unsigned)((const unsigned short *)map)[at] << 16};
+  return one.value;
+}
+
 INLINE void store(void *map, long at, int narrow, vec value) {
   if (!narrow) {
     *(vec *)((float *)map + at) = value;
@@ -27,4 +39,20 @@ INLINE void store(void *map, long at, int narrow, vec value) {
   bits b = (bits)value; /* to nearest, ties to even */
   b = (b + 0x7fff + (b >> 16 & 1)) >> 16;
   *(half *)((unsigned short *)map + at) = __builtin_convertvector(b, half);
+}
+
+/* e^x to 2 units in the last place (coefficients of Cephes, Moshier 1989); below -87 and above 88 as there. */
+INLINE vec exponential(vec x) {
+  const vec zero = {0}, magic = zero + 0x1.8p23f;
+  x = SMALLER(zero + 88, LARGER(zero - 87, x));
+  vec n = x * 1.44269504088896341f + magic; /* the whole number next to it, in the last bits */
+  bits exponent = (bits)n << 23;
+  n -= magic;
+  x = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vec y = 1.9875691500e-4f * x + 1.3981999507e-3f;
+  y = y * x + 8.3334519073e-3f;
+  y = y * x + 4.1665795894e-2f;
+  y = y * x + 1.6666665459e-1f;
+  y = y * x + 5.0000001201e-1f;
+  return (vec)((bits)(y * x * x + x + 1) + exponent);
 }

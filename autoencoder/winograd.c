@@ -12,15 +12,9 @@
    All functions return 0, or 1 where memory is short.
    Called by autoencoder/winograd.py. */
 
-#include "vectors.h"
+#include "product.h"
 
-#if defined(__AVX512F__)
-enum { ROWS = 12 };
-#else
-enum { ROWS = 6 };
-#endif
-/* ROWS x 2 vectors are summed in registers. */
-enum { PANEL = 2 * LANES, TILE = 4, SEEN = 6, POINTS = 36 };
+enum { TILE = 4, SEEN = 6, POINTS = 36 };
 
 static const float A = 2. / 3, B = 3. / 2, AA = 4. / 9, BB = 9. / 4, SQUARES = 97. / 36;
 static const float KA = 1 / (2 * 4. / 9 * (4. / 9 - 9. / 4)), KB = 1 / (2 * 9. / 4 * (9. / 4 - 4. / 9));
@@ -97,41 +91,13 @@ INLINE void points_to_weights(const vec *x, long by, vec *y, long to) {
   y[2 * to] = AA * even_a + BB * even_b + x[5 * by];
 }
 
-/* y [rows,PANEL] (+)= x [rows,length] w [length,PANEL], for as many rows as registers hold. */
-INLINE void product(int rows, const float *x, long by_row, long by_term, const float *w, long length, float *y, int add) {
-  vec sum[ROWS][2];
-  for (int i = 0; i < rows; i++)
-    for (int h = 0; h < 2; h++) sum[i][h] = add ? ((vec *)y)[2 * i + h] : (vec){0};
-  for (long k = 0; k < length; k++) {
-    vec first = ((const vec *)w)[2 * k], second = ((const vec *)w)[2 * k + 1];
-#pragma GCC unroll 12
-    for (int i = 0; i < rows; i++) {
-      float value = x[i * by_row + k * by_term];
-      sum[i][0] += value * first, sum[i][1] += value * second;
-    }
-  }
-  for (int i = 0; i < rows; i++)
-    for (int h = 0; h < 2; h++) ((vec *)y)[2 * i + h] = sum[i][h];
-}
-
-#define CASE(N) case N: product(N, x, by_row, by_term, w, length, y, add); break;
-INLINE void products(long rows, const float *x, long by_row, long by_term, const float *w, long length, float *y, int add) {
-  for (; rows > 0; rows -= ROWS, x += ROWS * by_row, y += ROWS * PANEL)
-    switch (rows < ROWS ? rows : ROWS) {
-      CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__)
-      CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-    }
-}
-
 /* Tiles [rows,C] times weights [C,PANEL]; and, added up, tiles [T,rows] transposed times tiles [T,PANEL]. */
 static void forward(long rows, const float *x, const float *w, long seen, float *y) {
-  products(rows, x, seen, 1, w, seen, y, 0);
+  products(rows, x, seen, 1, w, seen, y, 0, 0);
 }
 
 static void backward(long rows, const float *x, const float *w, long tiles, float *y, int add) {
-  products(rows, x, 1, rows, w, tiles, y, add);
+  products(rows, x, 1, rows, w, tiles, y, add, 0);
 }
 
 /* Pixels of a tile, for LANES channels from `at` on => points, `to` floats apart. */

@@ -5,9 +5,11 @@ Drawing and decoding:
     others  the networks as they are; if bf16 is asked for, a U-Net of weights in bf16, which autocast would make anew
             in each step (5 GB to read and write for Stable Diffusion's), and the autoencoder under autocast
 Drawing and training on a CPU: 3x3 convolutions (`autoencoder.winograd`) and GroupNorm (`autoencoder.norms`) in C, where
-there is a compiler. Training there: freed memory kept for the next step (`ldm.memory.keep_freed`).
+there is a compiler; drawing in bf16, attention too (`autoencoder.attention`). Training there: freed memory kept for the
+next step (`ldm.memory.keep_freed`), and attention written out for short sequences in bf16 (`ldm.blocks`); else it is
+PyTorch's.
 Chosen elsewhere, because one way is the best on all: AdamW in one fused kernel (`ldm.optim`), averages of weights by
-multi-tensor operations (`ldm.ema`). Attention is PyTorch's, but for short sequences in bf16 on a CPU (`ldm.blocks`).
+multi-tensor operations (`ldm.ema`).
 Compiling is left to `run.compile`: it pays on a GPU, and gave 4 % for a minute of compiling on a CPU.
 """
 

@@ -1,0 +1,173 @@
+"""Attention in C, in bf16, against the exact one and PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import CDLL
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autoencoder import compiled
+from autoencoder.attention import attended, serves
+from autoencoder.fast import Prepared
+from autoencoder.kl import AutoencoderConfig, AutoencoderKL
+from ldm.blocks import attend
+from ldm.unet import mask_bias
+from tests.test_unet import randomise
+
+needed = pytest.mark.skipif(
+    compiled.library() is None, reason="the C can't be compiled on this machine, or isn't for it"
+)
+COMPILING = compiled.COMPILING
+WITHOUT = {"all that there is": (), "no pairs": ("-mno-avx512bf16",), "AVX2": ("-mno-avx512f",)}
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CDLL]:
+    """As compiled here, and as on lesser processors."""
+    with pytest.MonkeyPatch.context() as patched:
+        made = {}
+        for name, without in WITHOUT.items():
+            patched.setattr(compiled, "COMPILING", (*COMPILING, *without))
+            made[name] = compiled.opened(tmp_path_factory.mktemp("compiled"))
+    return made
+
+
+@pytest.fixture(params=WITHOUT)
+def instructions(
+    request: pytest.FixtureRequest, libraries: dict[str, CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "library", lambda: libraries[request.param])
+
+
+def parts(samples: int, heads: int, queries: int, keys: int, width: int, large: float = 1) -> list[Tensor]:
+    """q, k, v, none of which lies in one piece; scores have a deviation of `large`."""
+    torch.manual_seed(0)
+    packed = torch.randn(samples, max(queries, keys), heads * 3 * width).bfloat16()
+    q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, dim=-1))
+    return [large * q[:, :, :queries], k[:, :, :keys], v[:, :, :keys]]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    bias = None if bias is None else bias.double()
+    return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=bias)
+
+
+def error(made: Tensor, wanted: Tensor) -> float:
+    return float((made - wanted).norm() / wanted.norm())
+
+
+def masked(samples: int, keys: int) -> Tensor:
+    """All tokens of the first prompt count, then one less each."""
+    return mask_bias(torch.arange(keys) < keys - torch.arange(samples)[:, None]).bfloat16()
+
+
+@needed
+@pytest.mark.usefixtures("instructions")
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 64, 64, 32), (1, 1, 1, 1, 8), (3, 2, 37, 37, 40), (2, 3, 25, 77, 80), (2, 1, 129, 300, 5)],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_as_exact_as_rounding_allows(shape: tuple[int, ...], with_bias: bool) -> None:
+    """No further from the exact result than what PyTorch makes when it rounds scores, and within the digits of bf16."""
+    q, k, v = parts(*shape)
+    bias = masked(len(q), k.shape[2]) if with_bias and k.shape[2] > 2 else None
+    made, wanted = attended(q, k, v, bias), exact(q, k, v, bias)
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    usual = (scores if bias is None else scores + bias).softmax(-1) @ v
+    assert made.dtype == torch.bfloat16 and made.transpose(1, 2).is_contiguous()
+    assert error(made, wanted) <= max(error(usual, wanted), 2e-3)
+    assert error(made, wanted) < 4e-3
+
+
+@needed
+@pytest.mark.usefixtures("instructions")
+@torch.no_grad()
+def test_large_scores() -> None:
+    """Beyond what e^x of float32 can hold: all that a query sees is the key that is nearest to it."""
+    q, k, v = parts(2, 2, 50, 45, 64, large=1000)
+    best = (q.double() @ k.double().mT).argmax(-1)
+    nearest = v.gather(2, best[..., None].expand_as(q))
+    made = attended(q, k, v)
+    assert error(made, exact(q, k, v)) < 4e-3
+    assert (made == nearest).all(-1).double().mean() > 0.9
+
+
+@needed
+@pytest.mark.usefixtures("instructions")
+@torch.no_grad()
+def test_what_is_masked_is_not_seen() -> None:
+    """Not even where it is much nearer than all that is, nor what lies between a tensor's parts or behind its end."""
+    q, k, v = parts(2, 3, 20, 35, 24)
+    told = masked(2, 35)
+    wanted = attended(q, k, v, told)
+    k[1, :, -1], v[1, :, -1] = 50 * q[1, :, 0], 1000
+    assert torch.equal(attended(q, k, v, told), wanted)
+    assert not torch.equal(attended(q, k, v), wanted)
+    room = torch.full((2, 3, 36, 40), torch.nan, dtype=torch.bfloat16)
+    inside = []
+    for part in (q, k, v):
+        inside.append(room.clone()[:, :, : part.shape[2], :24])
+        inside[-1].copy_(part)
+    assert torch.equal(attended(*inside, told), wanted)
+
+
+@needed
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(5, 3, 70, 70, 32), (1, 1, 100, 33, 64)])
+def test_threads_and_the_rest_of_a_batch_change_nothing(shape: tuple[int, ...]) -> None:
+    """Bit for bit: sums are never shared out."""
+    (q, k, v), usual, made = parts(*shape), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5, 40):
+            torch.set_num_threads(threads)
+            made.append(attended(q, k, v))
+    finally:
+        torch.set_num_threads(usual)
+    assert all(torch.equal(made[0], other) for other in made[1:])
+    each = [attended(*one) for one in zip(q.split(1), k.split(1), v.split(1), strict=True)]
+    assert torch.equal(torch.cat(each), made[0])
+    assert torch.equal(attended(q[:, :, 1:], k, v), made[0][:, :, 1:])
+
+
+@needed
+def test_where_it_serves() -> None:
+    q, k, v = parts(2, 2, 20, 20, 32)
+    assert not serves(q, k, v)  # it has no gradients
+    with torch.no_grad():
+        assert serves(q, k, v)
+        assert not serves(q.float(), k.float(), v.float())
+        assert not serves(q, k.mT.contiguous().mT, v)
+        assert not serves(q, k[:, :, :19], v) and not serves(q, k[..., :16], v[..., :16])
+        assert not serves(q, k[:, :, :0], v[:, :, :0])
+
+
+@needed
+@torch.no_grad()
+@pytest.mark.parametrize("draw", ["a U-Net", "an autoencoder"])
+def test_networks_draw_by_it(draw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as well without it."""
+
+    def made() -> tuple[Tensor, Tensor]:
+        if draw == "a U-Net":
+            q, k, v = parts(2, 2, 20, 20, 32)
+            return attend(q, k, v, None), exact(q, k, v)
+        config = AutoencoderConfig(block_out_channels=(16, 24), norm_num_groups=8)
+        plain: AutoencoderKL = randomise(AutoencoderKL(config))  # type: ignore[assignment]
+        z = torch.randn(1, plain.config.latent_channels, 5, 4, generator=torch.Generator().manual_seed(0))
+        return Prepared(plain, torch.bfloat16).decode(z), plain.decode(z)
+
+    called: list[str] = []
+    usual: Callable[..., None] = compiled.call
+    monkeypatch.setattr("autoencoder.attention.call", lambda *args: called.append(args[0]) or usual(*args))
+    results = [made()]
+    assert set(called) == {"attention"}
+    monkeypatch.setattr("autoencoder.attention.library", lambda: None)
+    called.clear()
+    results.append(made())
+    assert not called and all(error(*result) < 0.05 for result in results)
