@@ -130,12 +130,15 @@ INLINE float softmax(sizes s, const float *scores, float *shares) {
 }
 
 /* What up to ROWS queries see. */
-static void attend(sizes s, places at, float *memory, const number *q, long by_query, long rows, number *y, long by_row) {
-  float *queries = memory + at.queries, *scores = memory + at.scores, *shares = memory + at.shares, *seen = memory + at.seen;
+static void attend(sizes s, places at, float *memory, const number *q, long by_query, long rows, number *y,
+                   long by_row) {
+  float *queries = memory + at.queries, *scores = memory + at.scores, *shares = memory + at.shares,
+        *seen = memory + at.seen;
   float sums[ROWS];
   for (long i = 0; i < rows; i++) pack_row(s, q + i * by_query, 1 / sqrtf(s.width), 1, queries + i * s.terms);
   for (long panel = 0; panel < s.panels; panel++)
-    products(rows, queries, s.terms, 1, memory + at.keys + panel * s.terms * PANEL, s.terms, scores + panel * ROWS * PANEL, 0, PAIRS);
+    products(rows, queries, s.terms, 1, memory + at.keys + panel * s.terms * PANEL, s.terms,
+             scores + panel * ROWS * PANEL, 0, PAIRS);
   for (long i = 0; i < rows; i++) sums[i] = softmax(s, scores + i * PANEL, shares + i * s.row);
   for (long panel = 0; panel < s.across; panel++) {
     const float *values = memory + at.values + panel * s.panels * PANEL * PANEL;
@@ -146,9 +149,10 @@ static void attend(sizes s, places at, float *memory, const number *q, long by_q
   }
 }
 
-/* q, k, v and bias [samples,keys] or null => y; q, k, v and y lie by their steps. Returns 0, or 1 where memory is short. */
-int attention(const number *q, const number *k, const number *v, const number *bias, number *y, const steps *by, long samples, long heads,
-              long queries, long keys, long width, int threads) {
+/* q, k, v and bias [samples,keys] or null => y; q, k, v and y lie by their steps. Returns 0, or 1 where memory is
+   short. */
+int attention(const number *q, const number *k, const number *v, const number *bias, number *y, const steps *by,
+              long samples, long heads, long queries, long keys, long width, int threads) {
   sizes s = sized(keys, width);
   places at = placed(s);
   long all = samples * heads, blocks = (queries + ROWS - 1) / ROWS, next = 0;
@@ -172,8 +176,8 @@ int attention(const number *q, const number *k, const number *v, const number *b
       }
       ready = one;
       for (long first = part * blocks / parts * ROWS; first < (part + 1) * blocks / parts * ROWS; first += ROWS)
-        attend(s, at, memory, q + from[0] + first * by[0].row, by[0].row, queries - first < ROWS ? queries - first : ROWS,
-               y + from[3] + first * by[3].row, by[3].row);
+        attend(s, at, memory, q + from[0] + first * by[0].row, by[0].row,
+               queries - first < ROWS ? queries - first : ROWS, y + from[3] + first * by[3].row, by[3].row);
     }
   }
   free(scratch);

@@ -100,12 +100,12 @@ INLINE void apply(layout l, const void *x, long from, long count, const float *s
 }
 
 /* Calls a function with its last two arguments known when it is compiled. */
-#define KNOWN(l, function, ...)                                      \
-  do {                                                               \
-    if (l.narrow && l.silu) function(l, __VA_ARGS__, 1, 1);          \
-    else if (l.narrow) function(l, __VA_ARGS__, 1, 0);               \
-    else if (l.silu) function(l, __VA_ARGS__, 0, 1);                 \
-    else function(l, __VA_ARGS__, 0, 0);                             \
+#define KNOWN(l, function, ...)                             \
+  do {                                                      \
+    if (l.narrow && l.silu) function(l, __VA_ARGS__, 1, 1); \
+    else if (l.narrow) function(l, __VA_ARGS__, 1, 0);      \
+    else if (l.silu) function(l, __VA_ARGS__, 0, 1);        \
+    else function(l, __VA_ARGS__, 0, 0);                    \
   } while (0)
 
 /* x => y; mean and rstd [samples,groups], which the backward pass wants. */
@@ -146,7 +146,8 @@ INLINE vec through(vec back, vec z, int silu) {
   return back * s * (1 + z * (1 - s));
 }
 
-/* Over a chunk, of each channel, sums of z's gradient, and of that times x less the first pixel's value: [2,channels]. */
+/* Over a chunk, of each channel, sums of z's gradient, and of that times x less the first pixel's value:
+   sums [2,channels]. */
 INLINE void products(layout l, const void *x, const void *back, long from, long origin, long count, const float *scale,
                      float *sums, int narrow, int silu) {
   for (long c = 0; c < l.channels; c += LANES) {
@@ -162,10 +163,10 @@ INLINE void products(layout l, const void *x, const void *back, long from, long 
   }
 }
 
-/* The gradient of x is scale * z's gradient + slope * x + level: what a sample's channels have as slope and level, and as
-   sums for the gradients of weight and bias [2,channels]. */
-static void through_statistics(layout l, const void *x, const float *sums, long sample, const float *weight, const float *mean,
-                               const float *rstd, float *slope, float *level, float *of_weights) {
+/* The gradient of x is scale * z's gradient + slope * x + level: what a sample's channels have as slope and level, and
+   as sums for the gradients of weight and bias [2,channels]. */
+static void through_statistics(layout l, const void *x, const float *sums, long sample, const float *weight,
+                               const float *mean, const float *rstd, float *slope, float *level, float *of_weights) {
   long wide = l.channels / l.groups;
   for (long g = 0; g < l.groups; g++) {
     double m = mean[sample * l.groups + g], r = rstd[sample * l.groups + g], of_mean = 0, of_scale = 0;
@@ -195,14 +196,15 @@ INLINE void back_to_x(layout l, const void *x, const void *back, long from, long
 }
 
 /* What comes back to y => to x, and to weight and bias. */
-int norm_backward(const void *x, const void *back, const float *weight, const float *bias, const float *mean, const float *rstd,
-                  void *into, float *of_weight, float *of_bias, int narrow, int silu, long samples, long pixels,
-                  long channels, long groups, int threads) {
+int norm_backward(const void *x, const void *back, const float *weight, const float *bias, const float *mean,
+                  const float *rstd, void *into, float *of_weight, float *of_bias, int narrow, int silu, long samples,
+                  long pixels, long channels, long groups, int threads) {
   layout l = cut(samples, pixels, channels, groups, narrow, silu, threads);
   long pair = 2 * channels;
   float *sums = malloc((samples * l.chunks + 3 * samples) * pair * sizeof(float));
   if (!sums) return 1;
-  float *scales = sums + samples * l.chunks * pair, *slopes = scales + samples * pair, *of_weights = slopes + samples * pair;
+  float *scales = sums + samples * l.chunks * pair, *slopes = scales + samples * pair,
+        *of_weights = slopes + samples * pair;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
@@ -215,12 +217,13 @@ int norm_backward(const void *x, const void *back, const float *weight, const fl
               sums + (sample * l.chunks + k) * pair);
 #pragma omp for
     for (long sample = 0; sample < samples; sample++)
-      through_statistics(l, x, sums, sample, weight, mean, rstd, slopes + sample * pair, slopes + sample * pair + channels,
-                         of_weights + sample * pair);
+      through_statistics(l, x, sums, sample, weight, mean, rstd, slopes + sample * pair,
+                         slopes + sample * pair + channels, of_weights + sample * pair);
 #pragma omp for collapse(2)
     for (long sample = 0; sample < samples; sample++)
       for (long k = 0; k < l.chunks; k++)
-        KNOWN(l, back_to_x, x, back, begin(l, sample, k), length(l, k), scales + sample * pair, slopes + sample * pair, into);
+        KNOWN(l, back_to_x, x, back, begin(l, sample, k), length(l, k), scales + sample * pair, slopes + sample * pair,
+              into);
   }
   for (long c = 0; c < channels; c++) {
     double by_weight = 0, by_bias = 0;

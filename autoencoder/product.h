@@ -44,8 +44,8 @@ INLINE void product(int rows, const float *x, long by_row, long by_term, const f
 }
 
 #define CASE(N) case N: product(N, x, by_row, by_term, w, length, y, add, pairs); break;
-INLINE void products(long rows, const float *x, long by_row, long by_term, const float *w, long length, float *y, int add,
-                     int pairs) {
+INLINE void products(long rows, const float *x, long by_row, long by_term, const float *w, long length, float *y,
+                     int add, int pairs) {
   for (; rows > 0; rows -= ROWS, x += ROWS * by_row, y += ROWS * PANEL)
     switch (rows < ROWS ? rows : ROWS) {
       CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)

@@ -27,7 +27,10 @@ INLINE vec load(const void *map, long at, int narrow) {
 
 INLINE float value(const void *map, long at, int narrow) {
   if (!narrow) return ((const float *)map)[at];
-  union { unsigned bits; float value; } one = {(unsigned)((const unsigned short *)map)[at] << 16};
+  union {
+    unsigned bits;
+    float value;
+  } one = {(unsigned)((const unsigned short *)map)[at] << 16};
   return one.value;
 }
 

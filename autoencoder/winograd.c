@@ -3,8 +3,8 @@
 
    Four neighbouring values of a row convolved with three weights depend on six pixels. Taken for polynomials, both are
    multiplied value by value at six points: 6 products instead of 12, for rows and columns at once 36 instead of 144.
-   The points are 0, A, -A, B, -B and infinity, with A = 2/3 and B = 3/2: rounding errors are 1.7 times those of a direct
-   convolution, with the usual 1 and 2 four times (Barabasz et al. 2020).
+   The points are 0, A, -A, B, -B and infinity, with A = 2/3 and B = 3/2: rounding errors are 1.7 times those of a
+   direct convolution, with the usual 1 and 2 four times (Barabasz et al. 2020).
 
    Maps are float32, or bfloat16 (narrow), which is widened and rounded as it is read and written.
    C, O: channels in and out, multiples of PANEL. A tile is 4x4 values; `at the points` a map has 36 for each tile.
@@ -101,7 +101,8 @@ static void backward(long rows, const float *x, const float *w, long tiles, floa
 }
 
 /* Pixels of a tile, for LANES channels from `at` on => points, `to` floats apart. */
-INLINE void take_pixels(const void *map, int narrow, const long *pixels, long channels, long at, float *points, long to) {
+INLINE void take_pixels(const void *map, int narrow, const long *pixels, long channels, long at, float *points,
+                        long to) {
   vec x[POINTS], y[POINTS];
   for (int i = 0; i < POINTS; i++) x[i] = pixels[i] < 0 ? (vec){0} : load(map, pixels[i] * channels + at, narrow);
   for (int i = 0; i < SEEN; i++) pixels_to_points(x + SEEN * i, 1, y + SEEN * i, 1);
@@ -110,7 +111,8 @@ INLINE void take_pixels(const void *map, int narrow, const long *pixels, long ch
 }
 
 /* Tiles => [36,block,C], the first `count` of the block. */
-INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long first, long count, long channels, long block, float *points) {
+INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long first, long count, long channels,
+                       long block, float *points) {
   for (long t = 0; t < count; t++) {
     long pixels[POINTS];
     place p = where(g, first + t);
@@ -121,8 +123,8 @@ INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long fi
 }
 
 /* Points [36,block,PANEL] of tiles => values, from channel `at` on. */
-INLINE void put_values(const float *points, long block, grid g, long first, long count, const float *bias, const void *rest,
-                       void *map, int narrow, long channels, long at) {
+INLINE void put_values(const float *points, long block, grid g, long first, long count, const float *bias,
+                       const void *rest, void *map, int narrow, long channels, long at) {
   for (long t = 0; t < count; t++)
     for (long half = 0; half < PANEL; half += LANES) {
       vec x[POINTS], y[TILE * SEEN];
@@ -158,8 +160,8 @@ int winograd_weights(const float *weight, const long *strides, float *points, lo
   return 0;
 }
 
-INLINE int convolve(const void *x, int narrow, int doubled, const float *weights, const float *bias, const void *rest, void *y, grid g,
-                    long seen, long made, int threads) {
+INLINE int convolve(const void *x, int narrow, int doubled, const float *weights, const float *bias, const void *rest,
+                    void *y, grid g, long seen, long made, int threads) {
   /* weights larger than a core's cache are read once a block; of few blocks, channels are shared out too */
   long block = seen * made < 1 << 16 ? ROWS : 2 * ROWS, panels = made / PANEL;
   long blocks = (g.tiles + block - 1) / block, parts = blocks < 2 * threads ? (2 * threads + blocks - 1) / blocks : 1;
@@ -191,9 +193,10 @@ INLINE int convolve(const void *x, int narrow, int doubled, const float *weights
   return 0;
 }
 
-/* Maps x [samples,height,width,seen], or to be doubled to that, => y [...,made] from the points of weights; bias [made] and rest, like y, or null. */
-int winograd(const void *x, int doubled, int narrow, const float *weights, const float *bias, const void *rest, void *y, long samples,
-             long height, long width, long seen, long made, int threads) {
+/* Maps x [samples,height,width,seen], or to be doubled to that, => y [...,made] from the points of weights; bias [made]
+   and rest, like y, or null. */
+int winograd(const void *x, int doubled, int narrow, const float *weights, const float *bias, const void *rest, void *y,
+             long samples, long height, long width, long seen, long made, int threads) {
   grid g = cut(samples, height, width);
   if (narrow) return convolve(x, 1, doubled, weights, bias, rest, y, g, seen, made, threads);
   return convolve(x, 0, doubled, weights, bias, rest, y, g, seen, made, threads);
@@ -229,8 +232,8 @@ INLINE void put_weights(const float *points, long panel, long c, long seen, floa
   }
 }
 
-INLINE int gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides, grid g, long seen,
-                    long made, int threads) {
+INLINE int gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides,
+                    grid g, long seen, long made, int threads) {
   /* so many tiles at once that a cache holds them at the points, and that sums are not read and written too often */
   long panels = made / PANEL, budget = seen * made * POINTS;
   budget = budget < 1 << 20 ? 1 << 20 : budget > 1 << 22 ? 1 << 22 : budget;
@@ -253,7 +256,8 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
       for (long panel = 0; panel < panels; panel++)
         for (long i = 0; i < POINTS; i++) {
           long at = panel * POINTS + i;
-          backward(seen, pixels + i * chunk * seen, values + at * chunk * PANEL, count, sums + at * seen * PANEL, first > 0);
+          backward(seen, pixels + i * chunk * seen, values + at * chunk * PANEL, count, sums + at * seen * PANEL,
+                   first > 0);
         }
     }
 #pragma omp for collapse(2)
@@ -265,8 +269,8 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
 }
 
 /* Gradient of weights [made,seen,3,3], of which the strides are told, from maps x [...,seen] and what comes back. */
-int winograd_gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides, long samples,
-                      long height, long width, long seen, long made, int threads) {
+int winograd_gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides,
+                      long samples, long height, long width, long seen, long made, int threads) {
   grid g = cut(samples, height, width);
   if (narrow) return gradient(x, doubled, back, 1, weight, strides, g, seen, made, threads);
   return gradient(x, doubled, back, 0, weight, strides, g, seen, made, threads);
