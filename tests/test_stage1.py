@@ -275,7 +275,7 @@ def test_a_stock_autoencoder_is_trained_on_and_folded(quant_conv: bool, tmp_path
         ("--readiness.probe_steps 9", 2, "readiness.probe_steps is set, but readiness.pictures is 0"),
         ("--kind vq --readiness.pictures 9", 2, "readiness is set, but kind is vq"),
         ("--workers -1", 2, "workers is -1, but must be at least 0"),
-        ("--optimizer.lr 1e6 --loss.kl 1e6", 1, "of the latents has a standard deviation of nan"),
+        ("--optimizer.lr 1e12 --loss.kl 1e6", 1, "of the latents has a standard deviation of nan"),
         ("--gan_optimizer.lr 1", 2, "gan_optimizer is set, but loss.gan.weight is 0"),
         ("--loss.codebook.weight 2", 2, "loss.codebook.weight is set, but kind is kl"),
         ("--kind vq --loss.kl 1", 2, "loss.kl is set, but kind is vq"),
