@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoencoder.compiled import call, library
+from autoencoder.compiled import at_hand, call, library
 from autoencoder.winograd import longs
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether these are attended to faster this way, with no gradients asked for."""
-    here = all(part.device.type == "cpu" and part.dtype == torch.bfloat16 for part in (q, k, v))
-    if not here or torch.is_grad_enabled() or torch.compiler.is_compiling() or not library():
+    half = all(part.dtype == torch.bfloat16 for part in (q, k, v))
+    if not half or torch.is_grad_enabled() or not at_hand(q, k, v) or not library():
         return False
     samples, heads, _, width = q.shape
     fits = k.shape == v.shape == (samples, heads, k.shape[2], width) and q.numel() > 0 and k.numel() > 0
@@ -32,7 +32,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Ten
     """
     samples, heads, queries, width = q.shape
     y = q.new_empty(samples, queries, heads, width).transpose(1, 2)
-    bias = None if bias is None else bias.to(q.dtype).expand(samples, 1, 1, -1).contiguous()
+    bias = None if bias is None else bias.to(q.dtype).expand(samples, 1, 1, k.shape[2]).contiguous()
     parts = (None if part is None else part.data_ptr() for part in (q, k, v, bias, y))
     steps = longs(*(step for part in (q, k, v, y) for step in part.stride()[:3]))
     call("attention", *parts, steps, samples, heads, queries, k.shape[2], width)

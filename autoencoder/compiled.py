@@ -21,11 +21,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from autoencoder.notices import Notice
 
 FOLDER = Path(__file__).parent
-COMPILERS = "cc", "gcc", "clang"
+COMPILERS = "cc", "gcc"
 COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
 SECONDS = 60
 """After which a compiler is given up"""
@@ -49,16 +50,22 @@ class Uncompiled(Exception):
     """Why there is no library, in words for a person."""
 
 
+class Unloadable(Uncompiled):
+    """It was compiled, but not into what can be loaded."""
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """What the C makes; None where it serves nobody, as it is written for Linux on x86-64 with AVX, or can't be made,
     which a warning says, once."""
+    if os.environ.get("LDM_C") == "0":
+        return None
     vectors = torch.backends.cpu.get_cpu_capability().startswith("AVX")
     if sys.platform != "linux" or platform.machine() != "x86_64" or not vectors:
         return None
     try:
         return opened_somewhere()
-    except Uncompiled as why:
+    except (Uncompiled, OSError, ValueError) as why:
         warnings.warn(
             f"Our convolutions, normalisations and attention in C can't be used: {why}. Drawing and training on the "
             "CPU take PyTorch's own, which are slower.",
@@ -66,6 +73,15 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+def at_hand(*parts: Tensor) -> bool:
+    """Whether tensors lie in this machine's memory and may be worked on by their addresses: none is of a subclass, and
+    nobody traces or counts operations."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in parts)
 
 
 def call(name: str, *arguments: object) -> None:
@@ -80,10 +96,10 @@ def usual_folder() -> Path:
 
 
 def opened_somewhere() -> ctypes.CDLL:
-    """From the user's cache; where that can't be written to, compiled for this process alone."""
+    """From the user's cache; where that can't be written to or run from, compiled for this process alone."""
     try:
         return opened(usual_folder())
-    except (OSError, RuntimeError):  # the second if there is no home
+    except (OSError, RuntimeError, Unloadable):  # RuntimeError: there is no home
         with tempfile.TemporaryDirectory() as folder:
             return opened(Path(folder))  # a file that was opened may go
 
@@ -107,7 +123,7 @@ def opened(folder: Path) -> ctypes.CDLL:
     try:
         made = ctypes.CDLL(str(file))
     except OSError as error:
-        raise Uncompiled(f"{error} (it is made anew if you remove it)") from None
+        raise Unloadable(str(error)) from None
     for name, kinds in SIGNATURES.items():
         getattr(made, name).argtypes = [KINDS[kind] for kind in kinds]
     return made
@@ -127,8 +143,11 @@ def chosen_compiler() -> list[str]:
 
 def compile_to(file: Path, compiler: list[str]) -> None:
     """In two steps: linked with -fopenmp it would bring an OpenMP of its own, whose threads contend with PyTorch's."""
-    objects = []
-    for source in sorted(FOLDER.glob("*.c")):
+    objects: list[str] = []
+    sources = sorted(FOLDER.glob("*.c"))
+    if not sources:
+        raise Uncompiled(f"there are no *.c in {FOLDER}")
+    for source in sources:
         objects.append(str(file.with_name(f"{source.stem}.o")))
         run(*compiler, *COMPILING, str(source), "-o", objects[-1])
     run(*compiler, "-shared", *objects, "-lm", "-o", str(file))

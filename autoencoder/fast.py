@@ -22,7 +22,7 @@ from autoencoder.packed import Conv, Linear, maps, rows
 class Prepared:
     """The decoder of an autoencoder, with the weights it has now. No gradients; its own precision, results in float32.
 
-    Maps of a new shape are packed for once more.
+    Maps of a new shape are packed for once more, so that weights must not change while it is used.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, dtype: torch.dtype = torch.float32) -> None:

@@ -23,7 +23,7 @@ class Conv3x3(Conv):
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not serves(x, self.layer.weight, FEW, doubled=False):
             return super().biased(x, bias)
-        return convolved(x, self.points(), None if bias is None else bias.float())
+        return convolved(x, self.points(), bias)
 
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
         if not serves(x, self.layer.weight, FEW, doubled=False):
@@ -39,7 +39,7 @@ class Conv3x3(Conv):
     def points(self) -> Tensor:
         """Weights for `convolved`, made at the first call."""
         if self._points is None:
-            self._points = at_points(self.layer.weight.detach())
+            self._points = at_points(self.layer.weight.detach().float())
         return self._points
 
 

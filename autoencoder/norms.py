@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import call, library
+from autoencoder.compiled import at_hand, call, library
 from autoencoder.winograd import channels_last, narrow
 
 
@@ -29,8 +29,7 @@ def lanes() -> int:
 
 def serves(x: Tensor, weight: Tensor) -> bool:
     """Whether these maps are normalised faster this way: channels-last ones, as others would have to be copied."""
-    here = x.device.type == weight.device.type == "cpu" and x.dim() == 4 and x.numel() > 0
-    if not here or torch.compiler.is_compiling() or not lanes():
+    if x.dim() != 4 or x.numel() == 0 or not at_hand(x, weight) or not lanes():
         return False
     fits = (
         x.dtype in (torch.float32, torch.bfloat16)
@@ -83,8 +82,10 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[B,C,H,W] => the same shape."""
-        if serves(x, self.weight):
-            weights = self.weight.float(), self.bias.float()  # which a network in bf16 has in bf16
+        if self.affine and serves(x, self.weight):
+            weights = (
+                part.float().contiguous() for part in (self.weight, self.bias)
+            )  # bf16 in a network in bf16
             return Normalised.apply(x, *weights, self.num_groups, self.eps, silu)  # type: ignore[no-any-return, no-untyped-call]
         made = super().forward(x)
         return F.silu(made) if silu else made

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import call, library
+from autoencoder.compiled import at_hand, call, library
 
 TILE, POINTS = 4, 36
 FEW = {torch.float32: 8, torch.bfloat16: 48}
@@ -40,8 +40,7 @@ def panel() -> int:
 
 def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
     """Whether a convolution of these maps is faster this way, with weights [O,C,3,3]; `few` as FEW or TRAINS."""
-    here = x.device.type == weight.device.type == "cpu" and x.dtype in few and x.dim() == 4
-    if not here or torch.compiler.is_compiling() or not panel():
+    if x.dtype not in few or x.dim() != 4 or not at_hand(x, weight) or not panel():
         return False
     samples, channels, *sides = x.shape
     made, seen = weight.shape[:2]
@@ -62,7 +61,7 @@ def at_points(weight: Tensor, back: bool = False) -> Tensor:
     if back:
         address += 4 * (2 * by_row + 2 * by_column)  # bytes to the last of the nine
         made, seen, by_made, by_seen, by_row, by_column = seen, made, by_seen, by_made, -by_row, -by_column
-    points = weight.new_empty(made // panel(), POINTS, seen, panel())
+    points = torch.empty(made // panel(), POINTS, seen, panel())
     call(
         "winograd_weights", address, longs(by_made, by_seen, by_row, by_column), points.data_ptr(), seen, made
     )
@@ -74,10 +73,11 @@ def convolved(
 ) -> Tensor:
     """Maps [B,C,H,W] => [B,O,H,W]; `doubled` by repeating pixels, [B,O,2H,2W].
 
-    Bias [O] in float32 and `rest`, of the shape of the result, are added.
+    Bias [O] and `rest`, of the shape and precision of the result, are added.
     """
     samples, seen, height, width = x.shape
     made, height, width = points.shape[0] * points.shape[3], height << doubled, width << doubled
+    bias = None if bias is None else bias.float().contiguous()
     x, rest = channels_last(x), None if rest is None else channels_last(rest)
     # no view of a tensor: what comes after may work in place
     y = torch.empty((samples, made, height, width), dtype=x.dtype, memory_format=torch.channels_last)
@@ -121,13 +121,15 @@ class Winograd(torch.autograd.Function):
     @once_differentiable  # what the C does has no gradient of its own
     def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
-        into = None
+        into = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             into = convolved(back, at_points(weight, back=True))
             into = F.avg_pool2d(into, 2, divisor_override=1) if ctx.doubled else into
-        if not ctx.needs_input_grad[1]:
-            return into, None, None, None
-        return into, gradient(x, back, weight, ctx.doubled), back.sum((0, 2, 3), dtype=torch.float32), None
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient(x, back, weight, ctx.doubled)
+        if ctx.needs_input_grad[2]:
+            of_bias = back.sum((0, 2, 3), dtype=torch.float32)
+        return into, of_weight, of_bias, None
 
 
 class Conv3x3(nn.Conv2d):
@@ -138,10 +140,10 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
         """[B,C,H,W] => [B,O,H,W]; `doubled` by repeating pixels beforehand, [B,O,2H,2W]."""
-        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu":
+        if torch.is_autocast_enabled("cpu") and x.device.type == "cpu" and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype("cpu"))
-        whole = self.weight.dtype == torch.float32
-        if whole and serves(x, self.weight, TRAINS, doubled):
+        whole = self.weight.dtype == self.bias.dtype == torch.float32  # type: ignore[union-attr]
+        if whole and self.padding_mode == "zeros" and serves(x, self.weight, TRAINS, doubled):
             return Winograd.apply(x, self.weight, self.bias, doubled)  # type: ignore[no-any-return, no-untyped-call]
         return super().forward(twice(x) if doubled else x)
 
@@ -159,7 +161,8 @@ def put_into(network: nn.Module) -> None:
 
 def fits(layer: nn.Conv2d) -> bool:
     own = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-    return own == ((3, 3), (1, 1), (1, 1), (1, 1)) and layer.groups == 1 and layer.bias is not None
+    plain = layer.groups == 1 and layer.bias is not None and layer.padding_mode == "zeros"
+    return own == ((3, 3), (1, 1), (1, 1), (1, 1)) and plain
 
 
 def twice(x: Tensor) -> Tensor:

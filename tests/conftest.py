@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 
 import train_ldm
 import train_vae
+from autoencoder import compiled, norms, winograd
 from ldm.data import DataConfig, ScenesConfig, open_source
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
@@ -33,6 +35,31 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(chain: Path) -> LatentDiffusion:
     """The model of `chain`, told captions; not to be changed."""
     return LatentDiffusion.from_pretrained(chain / "ldm")
+
+
+WITHOUT = {"all that there is": (), "no pairs": ("-mno-avx512bf16",), "AVX2": ("-mno-avx512f",)}
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+    """Our C as compiled here, and as on lesser processors."""
+    usual, made = compiled.COMPILING, {}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, without in WITHOUT.items():
+            patched.setattr(compiled, "COMPILING", (*usual, *without))
+            made[name] = compiled.opened(tmp_path_factory.mktemp("compiled"))
+    return made
+
+
+@pytest.fixture(params=WITHOUT)
+def instructions(
+    request: pytest.FixtureRequest, libraries: dict[str, ctypes.CDLL], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them in turn."""
+    made = libraries[request.param]
+    monkeypatch.setattr(compiled, "library", lambda: made)
+    monkeypatch.setattr(winograd, "panel", made.winograd_panel)
+    monkeypatch.setattr(norms, "lanes", made.norm_lanes)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from ctypes import CDLL
 
 import pytest
 import torch
@@ -21,26 +20,6 @@ from tests.test_unet import randomise
 needed = pytest.mark.skipif(
     compiled.library() is None, reason="the C can't be compiled on this machine, or isn't for it"
 )
-COMPILING = compiled.COMPILING
-WITHOUT = {"all that there is": (), "no pairs": ("-mno-avx512bf16",), "AVX2": ("-mno-avx512f",)}
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CDLL]:
-    """As compiled here, and as on lesser processors."""
-    with pytest.MonkeyPatch.context() as patched:
-        made = {}
-        for name, without in WITHOUT.items():
-            patched.setattr(compiled, "COMPILING", (*COMPILING, *without))
-            made[name] = compiled.opened(tmp_path_factory.mktemp("compiled"))
-    return made
-
-
-@pytest.fixture(params=WITHOUT)
-def instructions(
-    request: pytest.FixtureRequest, libraries: dict[str, CDLL], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(compiled, "library", lambda: libraries[request.param])
 
 
 def parts(samples: int, heads: int, queries: int, keys: int, width: int, large: float = 1) -> list[Tensor]:

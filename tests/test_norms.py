@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import compiled, norms
+from autoencoder import norms
 from autoencoder.norms import GroupNorm, Normalised, serves
 from autoencoder.tile_norms import TileNorms
 
@@ -17,16 +15,6 @@ needed = pytest.mark.skipif(
     not norms.lanes(), reason="the C can't be compiled on this machine, or isn't for it"
 )
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=["widest vectors", "AVX2"])
-def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As compiled here, and as on a processor without AVX-512."""
-    if request.param == "AVX2":
-        monkeypatch.setattr(compiled, "COMPILING", (*compiled.COMPILING, "-mno-avx512f"))
-        made = compiled.opened(tmp_path)
-        monkeypatch.setattr(compiled, "library", lambda: made)
-        monkeypatch.setattr(norms, "lanes", made.norm_lanes)
 
 
 def filled(norm: nn.GroupNorm) -> nn.GroupNorm:
@@ -55,7 +43,7 @@ def error(made: Tensor, exact: Tensor) -> float:
 
 
 @needed
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(("channels", "groups"), [(16, 4), (96, 3), (64, 64), (32, 1)])
 @pytest.mark.parametrize("size", [(1, 1), (5, 3), (40, 40)])
 @pytest.mark.parametrize("silu", [False, True])

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from autoencoder import compiled, norms, winograd
 from autoencoder.fast_blocks import Conv3x3 as ToDraw
 from autoencoder.layers import Upsample
+from autoencoder.norms import GroupNorm
 from autoencoder.winograd import FEW, TRAINS, Conv3x3, Winograd, at_points, convolved, serves, twice
 
 needed = pytest.mark.skipif(
     not winograd.panel(), reason="the C can't be compiled on this machine, or isn't for it"
 )
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=["widest vectors", "AVX2"])
-def vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As compiled here, and as on a processor without AVX-512."""
-    if request.param == "AVX2":
-        monkeypatch.setattr(compiled, "COMPILING", (*compiled.COMPILING, "-mno-avx512f"))
-        made = compiled.opened(tmp_path)
-        monkeypatch.setattr(compiled, "library", lambda: made)
-        monkeypatch.setattr(winograd, "panel", made.winograd_panel)
 
 
 def direct(x: Tensor, weight: Tensor, bias: Tensor, doubled: bool) -> Tensor:
@@ -47,7 +42,7 @@ def error(made: Tensor, exact: Tensor) -> float:
 
 
 @needed
-@pytest.mark.usefixtures("vectors")
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize(
     "shape", [(2, 32, 96, 8, 12), (1, 64, 32, 1, 3), (3, 32, 64, 9, 14), (5, 96, 32, 4, 4)]
 )
@@ -199,6 +194,64 @@ def test_what_doesnt_fit_is_refused_by_pytorch() -> None:
 
 
 @needed
+def test_what_has_no_address_or_is_watched_is_pytorchs() -> None:
+    """Tensors that are not there, and modes that count or trace what is done."""
+    layer, norm = Conv3x3(64, 64), GroupNorm(4, 64)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.randn(2, 64, 16, 16)
+        assert norm(layer(x), silu=True).shape == x.shape
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 64, 16, 16))
+    assert counter.get_total_flops() == 2 * 9 * 64 * 64 * 2 * 16 * 16
+    (tangent,) = torch.func.vmap(lambda one: (layer(one[None])[0],))(torch.randn(2, 64, 16, 16))
+    assert tangent.shape == (2, 64, 16, 16)
+
+
+@needed
+def test_checkpointing_keeps_it() -> None:
+    layer, x = Conv3x3(64, 64), torch.randn(2, 64, 16, 16, requires_grad=True)
+    with mock.patch.object(winograd, "convolved", wraps=winograd.convolved) as done:
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+    assert done.call_count == 3  # forward, again, and back
+
+
+@needed
+def test_a_frozen_weight_leaves_the_bias_its_gradient() -> None:
+    layer = Conv3x3(64, 64)
+    layer.weight.requires_grad_(False)
+    layer(torch.randn(2, 64, 16, 16)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((64,), 512.0))
+
+
+@needed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_another_precision_are_prepared(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(64, 64, 3, padding=1).to(dtype), torch.randn(2, 64, 16, 16)
+    conv, rest = ToDraw(layer, torch.float32), torch.randn(2, 64, 16, 16)
+    wanted = F.conv2d(x, layer.weight.float(), layer.bias.float(), padding=1)  # type: ignore[union-attr]
+    for made, exact in ((conv(x), wanted), (conv.onto(x, rest), wanted + rest)):
+        assert error(made, exact) < 1e-5
+
+
+@needed
+def test_weights_that_lie_apart_and_other_borders() -> None:
+    x = torch.randn(2, 64, 16, 16)
+    layer = Conv3x3(64, 64)
+    layer.bias = nn.Parameter(torch.randn(128)[::2])
+    assert error(layer(x), F.conv2d(x, layer.weight, layer.bias, padding=1)) < 1e-5
+    layer.padding_mode = "circular"
+    layer._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    around = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="circular"), layer.weight, layer.bias)
+    assert error(layer(x), around) < 1e-5
+    stock = nn.Sequential(
+        nn.Conv2d(64, 64, 3, padding=1, padding_mode="circular"), nn.Conv2d(64, 64, 3, padding=1)
+    )
+    winograd.put_into(stock)
+    assert [type(part) for part in stock] == [nn.Conv2d, Conv3x3]
+
+
+@needed
 def test_its_threads_are_pytorchs() -> None:
     """One OpenMP in the process: two would contend for the cores."""
     at_points(torch.randn(32, 32, 3, 3))
@@ -210,7 +263,12 @@ def test_its_threads_are_pytorchs() -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "said"),
-    [("nowhere/cc", "the compiler that CC names, nowhere/cc, is not found"), ("false", "false says: 1")],
+    [
+        ("nowhere/cc", "the compiler that CC names, nowhere/cc, is not found"),
+        ("false", "false says: 1"),
+        ("gcc 'x", "No closing quotation"),
+        ("{here}/cc", "Exec format error"),
+    ],
 )
 def test_without_a_compiler_it_is_pytorchs_own(
     compiler: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -218,7 +276,9 @@ def test_without_a_compiler_it_is_pytorchs_own(
     """And a warning says so, once."""
     if compiled.library() is None:
         pytest.skip("not a machine that the C is for")
-    monkeypatch.setenv("CC", compiler)
+    (tmp_path / "cc").write_bytes(b"no program")
+    (tmp_path / "cc").chmod(0o755)
+    monkeypatch.setenv("CC", compiler.format(here=tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for kept in (compiled.library, winograd.panel, norms.lanes):
         kept.cache_clear()
@@ -237,8 +297,13 @@ def test_without_a_compiler_it_is_pytorchs_own(
 def test_a_library_that_cant_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "compile_to", lambda file, compiler: file.write_text(64 * "no library"))
     monkeypatch.setattr(compiled, "chosen_compiler", lambda: ["cc"])
-    with pytest.raises(compiled.Uncompiled, match=r"invalid ELF header.*if you remove it"):
+    with pytest.raises(compiled.Uncompiled, match="invalid ELF header"):
         compiled.opened(tmp_path)
+
+
+def test_it_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LDM_C", "0")
+    assert compiled.library.__wrapped__() is None
 
 
 def test_memory_that_is_short_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
