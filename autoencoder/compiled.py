@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from autoencoder.files import user_cache
 from autoencoder.notices import Notice
 
 FOLDER = Path(__file__).parent
@@ -31,15 +32,15 @@ COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
 SECONDS = 60
 """After which a compiler is given up"""
 
-
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float}
 SIGNATURES = {
-    "winograd_panel": "",
+    "vector_lanes": "",
     "winograd_weights": "ppplli",
     "winograd": "piippppllllli",
     "winograd_gradient": "pipippllllli",
     "attention": "ppppppllllli",
-    "norm_lanes": "",
+    "gate_forward": "ppilli",
+    "gate_backward": "pppilli",
     "norm_forward": "ppppppfiilllli",
     "norm_backward": "pppppppppiilllli",
 }
@@ -67,8 +68,8 @@ def library() -> ctypes.CDLL | None:
         return opened_somewhere()
     except (Uncompiled, OSError, ValueError) as why:
         warnings.warn(
-            f"Our convolutions, normalisations and attention in C can't be used: {why}. Drawing and training on the "
-            "CPU take PyTorch's own, which are slower.",
+            f"Our convolutions, normalisations, gates and attention in C can't be used: {why}. Drawing and training "
+            "on the CPU take PyTorch's own, which are slower.",
             Notice,
             stacklevel=2,
         )
@@ -84,21 +85,22 @@ def at_hand(*parts: Tensor) -> bool:
     return all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in parts)
 
 
+def lanes() -> int:
+    """How many values a vector of the library has: channels must be a multiple. 0 where there is no library."""
+    made = library()
+    return made.vector_lanes() if made else 0
+
+
 def call(name: str, *arguments: object) -> None:
     """A function of the library, tensors by their addresses, on as many threads as PyTorch takes."""
     if getattr(library(), name)(*arguments, torch.get_num_threads()):
         raise MemoryError("There is not memory enough to compute in.")
 
 
-def usual_folder() -> Path:
-    """$XDG_CACHE_HOME/ldm/compiled, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "compiled"
-
-
 def opened_somewhere() -> ctypes.CDLL:
     """From the user's cache; where that can't be written to or run from, compiled for this process alone."""
     try:
-        return opened(usual_folder())
+        return opened(user_cache("compiled"))
     except (OSError, RuntimeError, Unloadable):  # RuntimeError: there is no home
         with tempfile.TemporaryDirectory() as folder:
             return opened(Path(folder))  # a file that was opened may go

@@ -13,6 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+def user_cache(part: str) -> Path:
+    """Where a part of what can be made again is kept: in $XDG_CACHE_HOME/ldm, by default in ~/.cache/ldm."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / part
+
+
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A fresh folder to fill; it takes the place of folder `target` only when the block ends without an error.

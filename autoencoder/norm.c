@@ -28,8 +28,6 @@ static layout cut(long samples, long pixels, long channels, long groups, int nar
 INLINE long begin(layout l, long sample, long chunk) { return (sample * l.pixels + chunk * l.each) * l.channels; }
 INLINE long length(layout l, long chunk) { return chunk + 1 < l.chunks ? l.each : l.pixels - chunk * l.each; }
 
-int norm_lanes(void) { return LANES; }
-
 INLINE vec sigmoid(vec x) { return 1 / (1 + exponential(-x)); }
 
 /* Over a chunk, of each channel, sums of what differs from `origin`, the first pixel of the sample, and of its square:

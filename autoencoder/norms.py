@@ -8,7 +8,6 @@ Shapes: B batch, C channels, H x W pixels, G groups.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,15 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import at_hand, call, library
+from autoencoder.compiled import at_hand, call, lanes
 from autoencoder.winograd import channels_last, narrow
-
-
-@cache
-def lanes() -> int:
-    """Of how many channels it takes multiples; 0 where it is not to be had."""
-    made = library()
-    return made.norm_lanes() if made else 0
 
 
 def serves(x: Tensor, weight: Tensor) -> bool:
@@ -83,9 +75,8 @@ class GroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, silu: bool = False) -> Tensor:
         """[B,C,H,W] => the same shape."""
         if self.affine and serves(x, self.weight):
-            weights = (
-                part.float().contiguous() for part in (self.weight, self.bias)
-            )  # bf16 in a network in bf16
+            # in a network in bf16 they are narrower
+            weights = (part.float().contiguous() for part in (self.weight, self.bias))
             return Normalised.apply(x, *weights, self.num_groups, self.eps, silu)  # type: ignore[no-any-return, no-untyped-call]
         made = super().forward(x)
         return F.silu(made) if silu else made

@@ -132,9 +132,8 @@ class Kept(Generic[Packed]):
         """
         weights: list[Tensor] = [*network.parameters()]
         with torch.no_grad():
-            norms = torch.stack(
-                [n.float() for n in torch._foreach_norm(weights)]
-            ).tolist()  # a GPU is waited for once
+            each = [norm.float() for norm in torch._foreach_norm(weights)]
+            norms = torch.stack(each).tolist()  # a GPU is waited for once
         seen = [(id(p), p.data_ptr(), changes(p)) for p in weights]
         wanted = network, way, seen, norms
         last = self._last

@@ -39,9 +39,14 @@ INLINE void store(void *map, long at, int narrow, vec value) {
     *(vec *)((float *)map + at) = value;
     return;
   }
-  bits b = (bits)value; /* to nearest, ties to even */
+  half *to = (half *)((unsigned short *)map + at); /* to nearest, ties to even */
+#if defined(__AVX512BF16__)
+  *to = (half)_mm512_cvtneps_pbh((__m512)value);
+#else
+  bits b = (bits)value;
   b = (b + 0x7fff + (b >> 16 & 1)) >> 16;
-  *(half *)((unsigned short *)map + at) = __builtin_convertvector(b, half);
+  *to = __builtin_convertvector(b, half);
+#endif
 }
 
 /* e^x to 2 units in the last place (coefficients of Cephes, Moshier 1989); below -87 and above 88 as there. */

@@ -19,8 +19,6 @@ enum { TILE = 4, SEEN = 6, POINTS = 36 };
 static const float A = 2. / 3, B = 3. / 2, AA = 4. / 9, BB = 9. / 4, SQUARES = 97. / 36;
 static const float KA = 1 / (2 * 4. / 9 * (4. / 9 - 9. / 4)), KB = 1 / (2 * 9. / 4 * (9. / 4 - 4. / 9));
 
-int winograd_panel(void) { return PANEL; }
-
 /* Maps of [samples,height,width,channels], and how they are cut into tiles. */
 typedef struct {
   long samples, height, width, down, across, tiles;

@@ -9,7 +9,6 @@ Shapes: B batch, C and O channels in and out, H x W pixels.
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from math import prod
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from autoencoder.compiled import at_hand, call, library
+from autoencoder.compiled import at_hand, call, lanes
 
 TILE, POINTS = 4, 36
 FEW = {torch.float32: 8, torch.bfloat16: 48}
@@ -31,11 +30,9 @@ LARGEST = 2**26
 """Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 
 
-@cache
 def panel() -> int:
     """Of how many channels it takes multiples; 0 where it is not to be had."""
-    made = library()
-    return made.winograd_panel() if made else 0
+    return 2 * lanes()
 
 
 def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:

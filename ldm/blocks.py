@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoencoder.attention import attended, serves
+from autoencoder.gates import gated
 from autoencoder.layers import Checkpointed, Downsample, ResnetBlock, Upsample
 from autoencoder.norms import GroupNorm
 
@@ -87,8 +88,7 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., channels] => [..., out_channels]."""
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        return gated(self.proj(x))
 
 
 class FeedForward(nn.Module):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import train_ldm
 import train_vae
-from autoencoder import compiled, norms, winograd
+from autoencoder import compiled
 from ldm.data import DataConfig, ScenesConfig, open_source
 from pipelines import LatentDiffusion
 from pipelines.cli import main as ldm
@@ -58,8 +58,6 @@ def instructions(
     """Each of them in turn."""
     made = libraries[request.param]
     monkeypatch.setattr(compiled, "library", lambda: made)
-    monkeypatch.setattr(winograd, "panel", made.winograd_panel)
-    monkeypatch.setattr(norms, "lanes", made.norm_lanes)
 
 
 @pytest.fixture(scope="session")

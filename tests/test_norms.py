@@ -7,13 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder import norms
+from autoencoder.compiled import lanes
 from autoencoder.norms import GroupNorm, Normalised, serves
 from autoencoder.tile_norms import TileNorms
 
-needed = pytest.mark.skipif(
-    not norms.lanes(), reason="the C can't be compiled on this machine, or isn't for it"
-)
+needed = pytest.mark.skipif(not lanes(), reason="the C can't be compiled on this machine, or isn't for it")
 DTYPES = [torch.float32, torch.bfloat16]
 
 

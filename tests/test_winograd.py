@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoencoder import compiled, norms, winograd
+from autoencoder import compiled, winograd
 from autoencoder.fast_blocks import Conv3x3 as ToDraw
 from autoencoder.layers import Upsample
 from autoencoder.norms import GroupNorm
@@ -181,7 +181,7 @@ def test_where_the_cache_cant_be_written_it_is_compiled_all_the_same(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert compiled.opened_somewhere().winograd_panel() == winograd.panel()
+    assert compiled.opened_somewhere().vector_lanes() == compiled.lanes()
 
 
 @needed
@@ -280,8 +280,7 @@ def test_without_a_compiler_it_is_pytorchs_own(
     (tmp_path / "cc").chmod(0o755)
     monkeypatch.setenv("CC", compiler.format(here=tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for kept in (compiled.library, winograd.panel, norms.lanes):
-        kept.cache_clear()
+    compiled.library.cache_clear()
     try:
         layer, x = Upsample(32), torch.randn(2, 32, 16, 16)
         with pytest.warns(UserWarning, match="which are slower") as warned:
@@ -290,8 +289,7 @@ def test_without_a_compiler_it_is_pytorchs_own(
         assert torch.equal(made[1], F.conv2d(twice(x), layer.conv.weight, layer.conv.bias, padding=1))
         assert not [*tmp_path.rglob("*.*")]
     finally:
-        for kept in (compiled.library, winograd.panel, norms.lanes):
-            kept.cache_clear()
+        compiled.library.cache_clear()
 
 
 def test_a_library_that_cant_be_loaded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from autoencoder.files import flush, write_tensors
+from autoencoder.files import flush, user_cache, write_tensors
 from ldm.data import Source
 from pipelines.evaluation.extractors import Extractor, Seen
 from pipelines.evaluation.generation import Share, bytes_of
@@ -24,8 +24,8 @@ BATCH = 64
 
 
 def usual_cache() -> Path:
-    """Where features are kept: $XDG_CACHE_HOME/ldm/features, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ldm" / "features"
+    """Where features are kept."""
+    return user_cache("features")
 
 
 def features_of(
