@@ -49,6 +49,31 @@ INLINE void store(void *map, long at, int narrow, vec value) {
 #endif
 }
 
+/* The rows of a matrix => its columns. */
+INLINE void turn(vec *x) {
+#if defined(__clang__)
+  vec y[LANES];
+  for (int i = 0; i < LANES; i++)
+    for (int lane = 0; lane < LANES; lane++) y[i][lane] = x[lane][i];
+  for (int i = 0; i < LANES; i++) x[i] = y[i];
+#else
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) {
+      if (i & step) continue;
+      bits first, second; /* of both rows, laid end to end */
+      for (int lane = 0; lane < LANES; lane++) {
+        first[lane] = lane & step ? LANES + lane - step : lane;
+        second[lane] = lane & step ? LANES + lane : lane + step;
+      }
+      vec row = x[i];
+      x[i] = __builtin_shuffle(row, x[i + step], first);
+      x[i + step] = __builtin_shuffle(row, x[i + step], second);
+    }
+#endif
+}
+
 /* e^x to 2 units in the last place (coefficients of Cephes, Moshier 1989); below -87 and above 88 as there. */
 INLINE vec exponential(vec x) {
   const vec zero = {0}, magic = zero + 0x1.8p23f;

@@ -15,9 +15,14 @@
 #include "product.h"
 
 enum { TILE = 4, SEEN = 6, POINTS = 36 };
+enum { CHANNELS = 8 * ROWS }; /* of which gradients are summed up together */
 
 static const float A = 2. / 3, B = 3. / 2, AA = 4. / 9, BB = 9. / 4, SQUARES = 97. / 36;
 static const float KA = 1 / (2 * 4. / 9 * (4. / 9 - 9. / 4)), KB = 1 / (2 * 9. / 4 * (9. / 4 - 4. / 9));
+
+/* How far from each other the points of so many floats lie: were it a power of two, they would contend for the same
+   lines of a cache. */
+INLINE long apart(long floats) { return floats + PANEL; }
 
 /* Maps of [samples,height,width,channels], and how they are cut into tiles. */
 typedef struct {
@@ -89,13 +94,13 @@ INLINE void points_to_weights(const vec *x, long by, vec *y, long to) {
   y[2 * to] = AA * even_a + BB * even_b + x[5 * by];
 }
 
-/* Tiles [rows,C] times weights [C,PANEL]; and, added up, tiles [T,rows] transposed times tiles [T,PANEL]. */
+/* Tiles [rows,C] times weights [C,PANEL]; and, added up, some of the channels of tiles [T,C] transposed times tiles [T,PANEL]. */
 static void forward(long rows, const float *x, const float *w, long seen, float *y) {
   products(rows, x, seen, 1, w, seen, y, 0, 0);
 }
 
-static void backward(long rows, const float *x, const float *w, long tiles, float *y, int add) {
-  products(rows, x, 1, rows, w, tiles, y, add, 0);
+static void backward(long rows, const float *x, long channels, const float *w, long tiles, float *y, int add) {
+  products(rows, x, 1, channels, w, tiles, y, add, 0);
 }
 
 /* Pixels of a tile, for LANES channels from `at` on => points, `to` floats apart. */
@@ -108,7 +113,7 @@ INLINE void take_pixels(const void *map, int narrow, const long *pixels, long ch
   for (int i = 0; i < POINTS; i++) *(vec *)(points + i * to) = x[i];
 }
 
-/* Tiles => [36,block,C], the first `count` of the block. */
+/* Tiles => [36,block,C], apart, the first `count` of the block. */
 INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long first, long count, long channels,
                        long block, float *points) {
   for (long t = 0; t < count; t++) {
@@ -116,18 +121,18 @@ INLINE void all_pixels(const void *map, int narrow, int doubled, grid g, long fi
     place p = where(g, first + t);
     for (int i = 0; i < POINTS; i++) pixels[i] = pixel(g, p, i / SEEN - 1, i % SEEN - 1, doubled);
     for (long at = 0; at < channels; at += LANES)
-      take_pixels(map, narrow, pixels, channels, at, points + t * channels + at, block * channels);
+      take_pixels(map, narrow, pixels, channels, at, points + t * channels + at, apart(block * channels));
   }
 }
 
-/* Points [36,block,PANEL] of tiles => values, from channel `at` on. */
+/* Points [36,block,PANEL], apart, of tiles => values, from channel `at` on. */
 INLINE void put_values(const float *points, long block, grid g, long first, long count, const float *bias,
                        const void *rest, void *map, int narrow, long channels, long at) {
   for (long t = 0; t < count; t++)
     for (long half = 0; half < PANEL; half += LANES) {
       vec x[POINTS], y[TILE * SEEN];
       place p = where(g, first + t);
-      for (int i = 0; i < POINTS; i++) x[i] = *(const vec *)(points + (i * block + t) * PANEL + half);
+      for (int i = 0; i < POINTS; i++) x[i] = *(const vec *)(points + i * apart(block * PANEL) + t * PANEL + half);
       for (int i = 0; i < SEEN; i++) points_to_values(x + i, SEEN, y + i, SEEN);
       for (int i = 0; i < TILE; i++) points_to_values(y + SEEN * i, 1, x + TILE * i, 1);
       for (int i = 0; i < TILE * TILE; i++) {
@@ -140,21 +145,44 @@ INLINE void put_values(const float *points, long block, grid g, long first, long
     }
 }
 
-/* Weight [made,seen,3,3], of which the strides are told => points [made/PANEL,36,seen,PANEL]. */
+/* LANES x LANES numbers that lie in any way => as many vectors; and vectors, which are changed, to where they lie. */
+INLINE void take_square(const float *from, long by_lane, long by_vector, vec *x) {
+  for (int k = 0; k < LANES; k++)
+    if (by_lane == 1) x[k] = *(const vec *)(from + k * by_vector);
+    else if (by_vector == 1) x[k] = *(const vec *)(from + k * by_lane);
+    else
+      for (int lane = 0; lane < LANES; lane++) x[k][lane] = from[lane * by_lane + k * by_vector];
+  if (by_lane != 1 && by_vector == 1) turn(x);
+}
+
+INLINE void put_square(vec *x, float *to, long by_lane, long by_vector) {
+  if (by_vector == 1) turn(x);
+  for (int k = 0; k < LANES; k++)
+    if (by_vector == 1) *(vec *)(to + k * by_lane) = x[k];
+    else
+      for (int lane = 0; lane < LANES; lane++) to[lane * by_lane + k * by_vector] = x[k][lane];
+}
+
+/* Weight [made,seen,3,3], of which the strides are told => points [made/PANEL,36,seen + 1,PANEL], the last row
+   unused. */
 int winograd_weights(const float *weight, const long *strides, float *points, long seen, long made, int threads) {
 #pragma omp parallel for collapse(2) num_threads(threads)
   for (long panel = 0; panel < made / PANEL; panel++)
-    for (long c = 0; c < seen; c++)
-      for (long half = 0; half < 2; half++) {
-        vec x[9], y[3 * SEEN], z[POINTS];
-        const float *from = weight + (panel * PANEL + half * LANES) * strides[0] + c * strides[1];
+    for (long c = 0; c < seen; c += LANES) {
+      vec x[2][9][LANES], y[3 * SEEN], z[POINTS];
+      for (int half = 0; half < 2; half++)
         for (int i = 0; i < 9; i++)
-          for (int lane = 0; lane < LANES; lane++)
-            x[i][lane] = from[lane * strides[0] + i / 3 * strides[2] + i % 3 * strides[3]];
-        for (int i = 0; i < 3; i++) weights_to_points(x + i, 3, y + i, 3);
-        for (int i = 0; i < SEEN; i++) weights_to_points(y + 3 * i, 1, z + SEEN * i, 1);
-        for (int i = 0; i < POINTS; i++) ((vec *)points)[2 * ((panel * POINTS + i) * seen + c) + half] = z[i];
-      }
+          take_square(weight + (panel * PANEL + half * LANES) * strides[0] + c * strides[1] + i / 3 * strides[2] +
+                          i % 3 * strides[3],
+                      strides[0], strides[1], x[half][i]);
+      for (int k = 0; k < LANES; k++)
+        for (int half = 0; half < 2; half++) {
+          float *to = points + panel * POINTS * apart(seen * PANEL) + (c + k) * PANEL + half * LANES;
+          for (int i = 0; i < 3; i++) weights_to_points(x[half][i] + k, 3 * LANES, y + i, 3);
+          for (int i = 0; i < SEEN; i++) weights_to_points(y + 3 * i, 1, z + SEEN * i, 1);
+          for (int i = 0; i < POINTS; i++) *(vec *)(to + i * apart(seen * PANEL)) = z[i];
+        }
+    }
   return 0;
 }
 
@@ -164,7 +192,8 @@ INLINE int convolve(const void *x, int narrow, int doubled, const float *weights
   long block = seen * made < 1 << 16 ? ROWS : 2 * ROWS, panels = made / PANEL;
   long blocks = (g.tiles + block - 1) / block, parts = blocks < 2 * threads ? (2 * threads + blocks - 1) / blocks : 1;
   if (parts > panels) parts = panels;
-  long each = POINTS * block * (seen + PANEL), next = 0;
+  long of_pixels = apart(block * seen), of_values = apart(block * PANEL), of_weights = apart(seen * PANEL);
+  long each = POINTS * (of_pixels + of_values), next = 0;
   float *scratch = aligned_alloc(64, threads * each * sizeof(float));
   if (!scratch) return 1;
 #pragma omp parallel num_threads(threads)
@@ -172,7 +201,7 @@ INLINE int convolve(const void *x, int narrow, int doubled, const float *weights
     long thread, ready = -1;
 #pragma omp atomic capture
     thread = next++;
-    float *from = scratch + thread * each, *to = from + POINTS * block * seen;
+    float *from = scratch + thread * each, *to = from + POINTS * of_pixels;
 #pragma omp for schedule(dynamic)
     for (long item = 0; item < blocks * parts; item++) {
       long number = item / parts, part = item % parts, first = number * block;
@@ -180,9 +209,9 @@ INLINE int convolve(const void *x, int narrow, int doubled, const float *weights
       if (ready != number) all_pixels(x, narrow, doubled, g, first, count, seen, block, from);
       ready = number;
       for (long panel = part * panels / parts; panel < (part + 1) * panels / parts; panel++) {
-        const float *w = weights + panel * POINTS * seen * PANEL;
+        const float *w = weights + panel * POINTS * of_weights;
         for (long i = 0; i < POINTS; i++)
-          forward(count, from + i * block * seen, w + i * seen * PANEL, seen, to + i * block * PANEL);
+          forward(count, from + i * of_pixels, w + i * of_weights, seen, to + i * of_values);
         put_values(to, block, g, first, count, bias, rest, y, narrow, made, panel * PANEL);
       }
     }
@@ -211,23 +240,27 @@ INLINE void take_values(const void *map, int narrow, grid g, long tile, long mad
     }
     for (int i = 0; i < TILE; i++) values_to_points(x + i, TILE, y + i, TILE);
     for (int i = 0; i < SEEN; i++) values_to_points(y + TILE * i, 1, z + SEEN * i, 1);
-    float *to = points + at / PANEL * POINTS * tiles * PANEL + t * PANEL + at % PANEL;
-    for (int i = 0; i < POINTS; i++) *(vec *)(to + i * tiles * PANEL) = z[i];
+    float *to = points + at / PANEL * POINTS * apart(tiles * PANEL) + t * PANEL + at % PANEL;
+    for (int i = 0; i < POINTS; i++) *(vec *)(to + i * apart(tiles * PANEL)) = z[i];
   }
 }
 
-/* Sums at the points, [made/PANEL,36,seen,PANEL] => gradients of weights [made,seen,3,3] in any layout. */
-INLINE void put_weights(const float *points, long panel, long c, long seen, float *weight, const long *strides) {
-  float *to = weight + panel * PANEL * strides[0] + c * strides[1];
-  for (long half = 0; half < 2; half++) {
-    vec x[POINTS], y[3 * SEEN], z[9];
-    for (int i = 0; i < POINTS; i++) x[i] = ((const vec *)points)[2 * ((panel * POINTS + i) * seen + c) + half];
-    for (int i = 0; i < SEEN; i++) points_to_weights(x + i, SEEN, y + i, SEEN);
-    for (int i = 0; i < 3; i++) points_to_weights(y + SEEN * i, 1, z + 3 * i, 1);
-    for (int lane = 0; lane < LANES; lane++)
+/* Sums at the points [36,rows,PANEL], apart, => gradients of the weights of a panel and of channels from `first` on, of weights
+   [made,seen,3,3] in any layout. */
+INLINE void put_weights(const float *points, long rows, float *weight, const long *strides, long panel, long first) {
+  for (long c = 0; c < rows; c += LANES)
+    for (long half = 0; half < 2; half++) {
+      vec x[POINTS], y[3 * SEEN], z[9][LANES];
+      for (int k = 0; k < LANES; k++) {
+        for (int i = 0; i < POINTS; i++) x[i] = *(const vec *)(points + i * apart(rows * PANEL) + (c + k) * PANEL + half * LANES);
+        for (int i = 0; i < SEEN; i++) points_to_weights(x + i, SEEN, y + i, SEEN);
+        for (int i = 0; i < 3; i++) points_to_weights(y + SEEN * i, 1, z[3 * i] + k, LANES);
+      }
       for (int i = 0; i < 9; i++)
-        to[(half * LANES + lane) * strides[0] + i / 3 * strides[2] + i % 3 * strides[3]] = z[i][lane];
-  }
+        put_square(z[i], weight + (panel * PANEL + half * LANES) * strides[0] + (first + c) * strides[1] +
+                             i / 3 * strides[2] + i % 3 * strides[3],
+                   strides[0], strides[1]);
+    }
 }
 
 INLINE int gradient(const void *x, int doubled, const void *back, int narrow, float *weight, const long *strides,
@@ -238,11 +271,18 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
   long chunk = budget / (POINTS * (seen + made));
   if (chunk < 2 * ROWS) chunk = 2 * ROWS;
   if (chunk > g.tiles) chunk = g.tiles;
-  float *scratch = aligned_alloc(64, POINTS * (chunk * (seen + made) + seen * made) * sizeof(float));
+  /* sums of a panel and some channels: a thread's own until they are weights, if all tiles are met at once */
+  long parts = (seen + CHANNELS - 1) / CHANNELS, each = POINTS * apart(CHANNELS * PANEL), once = chunk == g.tiles, next = 0;
+  long of_pixels = apart(chunk * seen), of_values = apart(chunk * PANEL);
+  long floats = POINTS * (of_pixels + panels * of_values) + each * (once ? threads : panels * parts);
+  float *scratch = aligned_alloc(64, floats * sizeof(float));
   if (!scratch) return 1;
-  float *pixels = scratch, *values = pixels + POINTS * chunk * seen, *sums = values + POINTS * chunk * made;
+  float *pixels = scratch, *values = pixels + POINTS * of_pixels, *sums = values + POINTS * panels * of_values;
 #pragma omp parallel num_threads(threads)
   {
+    long thread;
+#pragma omp atomic capture
+    thread = next++;
     for (long first = 0; first < g.tiles; first += chunk) {
       long count = g.tiles - first < chunk ? g.tiles - first : chunk;
 #pragma omp for
@@ -250,17 +290,16 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
         all_pixels(x, narrow, doubled, g, first + t, 1, seen, chunk, pixels + t * seen);
         take_values(back, narrow, g, first + t, made, values, chunk, t);
       }
-#pragma omp for collapse(2)
-      for (long panel = 0; panel < panels; panel++)
-        for (long i = 0; i < POINTS; i++) {
-          long at = panel * POINTS + i;
-          backward(seen, pixels + i * chunk * seen, values + at * chunk * PANEL, count, sums + at * seen * PANEL,
-                   first > 0);
-        }
+#pragma omp for
+      for (long item = 0; item < panels * parts; item++) {
+        long panel = item / parts, from = item % parts * CHANNELS, rows = seen - from < CHANNELS ? seen - from : CHANNELS;
+        float *sum = sums + (once ? thread : item) * each;
+        for (long i = 0; i < POINTS; i++)
+          backward(rows, pixels + i * of_pixels + from, seen, values + (panel * POINTS + i) * of_values, count,
+                   sum + i * apart(rows * PANEL), first > 0);
+        if (first + count == g.tiles) put_weights(sum, rows, weight, strides, panel, from);
+      }
     }
-#pragma omp for collapse(2)
-    for (long panel = 0; panel < panels; panel++)
-      for (long c = 0; c < seen; c++) put_weights(sums, panel, c, seen, weight, strides);
   }
   free(scratch);
   return 0;

@@ -49,7 +49,7 @@ def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool
 
 
 def at_points(weight: Tensor, back: bool = False) -> Tensor:
-    """Weights [O,C,3,3] in float32, laid out in any way, as `convolved` wants them: [O/panel,36,C,panel].
+    """Weights [O,C,3,3] in float32, laid out in any way, as `convolved` wants them: [O/panel,36,C + 1,panel].
 
     `back`: those of the convolution that takes gradients back, turned round, with in and out exchanged.
     """
@@ -58,7 +58,7 @@ def at_points(weight: Tensor, back: bool = False) -> Tensor:
     if back:
         address += 4 * (2 * by_row + 2 * by_column)  # bytes to the last of the nine
         made, seen, by_made, by_seen, by_row, by_column = seen, made, by_seen, by_made, -by_row, -by_column
-    points = torch.empty(made // panel(), POINTS, seen, panel())
+    points = torch.empty(made // panel(), POINTS, seen + 1, panel())  # a row unused: `apart`, in the C
     call(
         "winograd_weights", address, longs(by_made, by_seen, by_row, by_column), points.data_ptr(), seen, made
     )
