@@ -1,39 +1,88 @@
-"""Attention to draw with in bf16 on a CPU, where its scores never leave a core's cache: `attention.c` for tensors.
+"""Attention, on a CPU by `attention.c`, where its scores never leave a core's cache.
 
-Of PyTorch's two ways, one writes all scores to memory that is new each time, and the fused kernel takes twice as long
-as this (docs/log.md). In float32 that kernel is as fast.
+PyTorch's kernel takes twice as long in bf16, and on the way back more; in float32 it is about as fast (docs/log.md).
 
 Shapes: B batch, N queries, L keys and values, D width of a head.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from autoencoder.compiled import at_hand, call, library
-from autoencoder.winograd import longs
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from autoencoder.compiled import at_hand, call, lanes
+from autoencoder.winograd import longs, narrow, panel
+
+
+LARGEST = 2**26
+"""Numbers of the keys that all threads pack, each those of a head: with values and on the way back, up to 1 GB"""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v: [B,heads,N,D], twice [B,heads,L,D] and bias [B,1,1,L], which has no gradient,
+    => [B,heads,N,D]."""
+    bias = None if bias is None else bias.to(q.dtype)  # under autocast the scores are narrower than the bias
+    if not serves(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    bias = None if bias is None else bias.expand(len(q), 1, 1, k.shape[2]).contiguous()
+    return Attended.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether these are attended to faster this way, with no gradients asked for."""
-    half = all(part.dtype == torch.bfloat16 for part in (q, k, v))
-    if not half or torch.is_grad_enabled() or not at_hand(q, k, v) or not library():
+    """Whether these are attended to faster this way."""
+    if q.dtype not in (torch.float32, torch.bfloat16) or not at_hand(q, k, v) or not lanes():
         return False
     samples, heads, _, width = q.shape
-    fits = k.shape == v.shape == (samples, heads, k.shape[2], width) and q.numel() > 0 and k.numel() > 0
-    return fits and all(part.stride(-1) == 1 for part in (q, k, v))
+    if q.dtype == torch.float32 and (width % panel() or k.shape[2] % panel()):
+        return False
+    if torch.is_grad_enabled() and samples * heads < torch.get_num_threads():
+        return False  # on the way back threads share nothing else out
+    if torch.get_num_threads() * k.shape[2] * width > LARGEST:
+        return False
+    same = k.dtype == v.dtype == q.dtype and k.shape == v.shape == (samples, heads, k.shape[2], width)
+    return same and q.numel() > 0 and k.numel() > 0 and all(part.stride(-1) == 1 for part in (q, k, v))
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v: [B,heads,N,D], twice [B,heads,L,D] and bias [B,1,1,L] => [B,heads,N,D].
+class Attended(torch.autograd.Function):
+    """As `attend`, with bias [B,1,1,L]. What comes lies in any way but in D, as parts of one product do; the result as
+    [B,N,heads,D]."""
 
-    What comes lies in any way but in D, as parts of one product do; the result as [B,N,heads,D].
-    """
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, bias)
+        y = like(q)
+        call("attention", *addresses(q, k, v, bias, y), steps(q, k, v, y), narrow(q), *sizes(q, k))
+        return y
+
+    @staticmethod
+    @once_differentiable  # what the C does has no gradient of its own
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, bias = ctx.saved_tensors
+        back = back if back.stride(-1) == 1 else back.contiguous()
+        made = like(q), like(k), like(v)
+        parts = addresses(q, k, v, bias, back, *made), steps(q, k, v, back, *made)
+        call("attention_backward", *parts[0], parts[1], narrow(q), *sizes(q, k))
+        return *made, None
+
+
+def like(x: Tensor) -> Tensor:
+    """An empty [B,heads,N,D] that lies as [B,N,heads,D]."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def addresses(*parts: Tensor | None) -> list[int | None]:
+    return [None if part is None else part.data_ptr() for part in parts]
+
+
+def steps(*parts: Tensor) -> Any:
+    return longs(*(step for part in parts for step in part.stride()[:3]))
+
+
+def sizes(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    """Samples, heads, queries, keys, width."""
     samples, heads, queries, width = q.shape
-    y = q.new_empty(samples, queries, heads, width).transpose(1, 2)
-    bias = None if bias is None else bias.to(q.dtype).expand(samples, 1, 1, k.shape[2]).contiguous()
-    parts = (None if part is None else part.data_ptr() for part in (q, k, v, bias, y))
-    steps = longs(*(step for part in (q, k, v, y) for step in part.stride()[:3]))
-    call("attention", *parts, steps, samples, heads, queries, k.shape[2], width)
-    return y
+    return samples, heads, queries, k.shape[2], width

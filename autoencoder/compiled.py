@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -38,7 +39,8 @@ SIGNATURES = {
     "winograd_weights": "ppplli",
     "winograd": "piippppllllli",
     "winograd_gradient": "pipippllllli",
-    "attention": "ppppppllllli",
+    "attention": "ppppppillllli",
+    "attention_backward": "pppppppppillllli",
     "gate_forward": "ppilli",
     "gate_backward": "pppilli",
     "norm_forward": "ppppppfiilllli",
@@ -145,13 +147,15 @@ def chosen_compiler() -> list[str]:
 
 def compile_to(file: Path, compiler: list[str]) -> None:
     """In two steps: linked with -fopenmp it would bring an OpenMP of its own, whose threads contend with PyTorch's."""
-    objects: list[str] = []
     sources = sorted(FOLDER.glob("*.c"))
     if not sources:
         raise Uncompiled(f"there are no *.c in {FOLDER}")
-    for source in sources:
-        objects.append(str(file.with_name(f"{source.stem}.o")))
-        run(*compiler, *COMPILING, str(source), "-o", objects[-1])
+    objects = [str(file.with_name(f"{source.stem}.o")) for source in sources]
+    with ThreadPoolExecutor() as together:
+        for _ in together.map(
+            lambda source, made: run(*compiler, *COMPILING, str(source), "-o", made), sources, objects
+        ):
+            pass
     run(*compiler, "-shared", *objects, "-lm", "-o", str(file))
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.attention import attended, serves
+from autoencoder.attention import attend
 from autoencoder.fast_blocks import Conv3x3, Norm, Residual
 from autoencoder.kl import AutoencoderKL
 from autoencoder.layers import Attention, ResnetBlock, Upsample
@@ -62,8 +61,7 @@ class Attending:
 
     def __call__(self, x: Tensor) -> Tensor:
         q, k, v = (part.unsqueeze(1) for part in self.qkv(rows(self.norm(x))).chunk(3, dim=-1))
-        seen = attended(q, k, v) if serves(q, k, v) else F.scaled_dot_product_attention(q, k, v)
-        return maps(self.out.onto(seen.squeeze(1), rows(x)), x)
+        return maps(self.out.onto(attend(q, k, v).squeeze(1), rows(x)), x)
 
 
 def in_order(network: Decoder) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from autoencoder.attention import attend
 from autoencoder.norms import GroupNorm
 from autoencoder.winograd import Conv3x3
 
@@ -160,5 +161,5 @@ class Attention(nn.Module):
         """[B, C, H, W] => [B, C, H, W]."""
         pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, H*W, C]
         q, k, v = (project(pixels).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = attend(q, k, v).squeeze(1)
         return x + self.to_out[0](out).transpose(1, 2).reshape(x.shape)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoencoder.attention import attended, serves
+from autoencoder.attention import attend
 from autoencoder.gates import gated
 from autoencoder.layers import Checkpointed, Downsample, ResnetBlock, Upsample
 from autoencoder.norms import GroupNorm
@@ -53,30 +53,8 @@ class Attention(nn.Module):
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)
         )  # [B,heads,*,C/heads]
-        if bias is not None:
-            bias = bias.to(q.dtype)  # under autocast the scores are narrower than the bias
         out = attend(q, k, v, bias)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
-
-
-SHORT = 256 * 256
-"""Scores a head up to which plain attention is faster than PyTorch's own in bf16 on a CPU."""
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + bias) v, [B,heads,*,D]; the same, to rounding, by whichever way is fast.
-
-    On a CPU in bf16 that is the C's, which has no gradients. With them, or without a compiler, PyTorch's kernel does
-    not pay for short sequences (at 32x4x64x32 forward and backward, two cores: 9.9 ms, written out 1.9 ms; at
-    16x4x64x64 forward alone, one core: 1.42 and 0.87 ms).
-    """
-    if serves(q, k, v):
-        return attended(q, k, v, bias)
-    half = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if not half or q.shape[-2] * k.shape[-2] > SHORT:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.mT
-    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 class GEGLU(nn.Module):

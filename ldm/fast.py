@@ -11,7 +11,7 @@ understand the model; it is faster by what follows, most of which is worth littl
     time        is embedded once, not once a sample, and enters as the bias of a convolution
     twins       guidance asks with and without the prompt: until it is first read, both halves of the batch are one
     3x3         convolutions are done with a quarter of the multiplications, in C (`autoencoder.winograd`)
-    attention   in bf16 keeps its scores within a core's cache, in C (`autoencoder.attention`)
+    attention   keeps its scores within a core's cache, in C (`autoencoder.attention`)
 
 Packing costs as much as a pass or two, so it is kept from one drawing to the next (`autoencoder.packed.Kept`).
 
@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoencoder.attention import attend
 from autoencoder.fast_blocks import Conv3x3, Norm, Residual
 from autoencoder.packed import Conv, Kept, Linear, maps, rows
-from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock, attend
+from ldm.blocks import GEGLU, Attention, Block, Transformer, TransformerBlock
 from ldm.checks import require_int
 from ldm.conditioning import Cond
 from ldm.unet import UNet, mask_bias

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.blocks import attend
+from autoencoder.attention import attend
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_short_attention_in_bf16_is_attention(masked: bool) -> None:
+def test_attention_in_bf16_is_attention(masked: bool) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 8) for n in (12, 5, 5))
     bias = torch.tensor([0.0, 0, 0, -10_000, -10_000]).expand(2, 1, 1, 5) if masked else None

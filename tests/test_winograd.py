@@ -105,7 +105,9 @@ def test_threads_and_the_rest_of_a_batch_change_nothing(dtype: torch.dtype) -> N
         made = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            made.append((at_points(weight)[:, :, :-1], convolved(x, points), winograd.gradient(x, back, weight)))
+            made.append(
+                (at_points(weight)[:, :, :-1], convolved(x, points), winograd.gradient(x, back, weight))
+            )
     finally:
         torch.set_num_threads(usual)
     assert all(torch.equal(a, b) for other in made[1:] for a, b in zip(made[0], other, strict=True))
