@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from autoencoder.compiled import at_hand, call, lanes
 from autoencoder.winograd import longs, narrow, panel
 
-
 LARGEST = 2**26
 """Numbers of the keys that all threads pack, each those of a head: with values and on the way back, up to 1 GB"""
 
