@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from autoencoder.layers import ResnetBlock
 from autoencoder.norms import GroupNorm
 from autoencoder.packed import Conv, Linear, maps, rows
-from autoencoder.winograd import FEW, at_points, convolved, serves, twice
+from autoencoder.winograd import DRAWS, at_points, convolved, serves, twice
 
 
 class Conv3x3(Conv):
@@ -21,18 +21,18 @@ class Conv3x3(Conv):
         self._points: Tensor | None = None
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not serves(x, self.layer.weight, FEW, doubled=False):
+        if not serves(x, self.layer.weight, DRAWS, doubled=False):
             return super().biased(x, bias)
         return convolved(x, self.points(), bias)
 
     def onto(self, x: Tensor, rest: Tensor) -> Tensor:
-        if not serves(x, self.layer.weight, FEW, doubled=False):
+        if not serves(x, self.layer.weight, DRAWS, doubled=False):
             return super().onto(x, rest)
         return convolved(x, self.points(), self.layer.bias, rest)
 
     def doubled(self, x: Tensor) -> Tensor:
         """Of the map at twice the resolution, by repeating pixels: [B,in,H,W] => [B,out,2H,2W]."""
-        if not serves(x, self.layer.weight, FEW, doubled=True):
+        if not serves(x, self.layer.weight, DRAWS, doubled=True):
             return self(twice(x))
         return convolved(x, self.points(), self.layer.bias, doubled=True)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,23 @@ from torch.autograd.function import once_differentiable
 from autoencoder.compiled import at_hand, call, lanes
 
 TILE, POINTS = 4, 36
-FEW = {torch.float32: 8, torch.bfloat16: 48}
-"""Tiles of a batch from which it is faster when weights are ready (docs/log.md)"""
-TRAINS = {torch.float32: 16, torch.bfloat16: 64}
-"""The same, when they are made ready in each step"""
+
+
+class Limits(NamedTuple):
+    """Between which it is faster (docs/log.md)."""
+
+    few: int
+    """Tiles of a batch, at least"""
+    large: int
+    """Bytes of weights at the points, at most: more leave the caches, and of the largest networks would be gigabytes"""
+
+
+DRAWS = {torch.float32: Limits(8, 2**26), torch.bfloat16: Limits(48, 2**26)}
+"""With weights that are ready"""
+TRAINS = {torch.float32: Limits(16, 2**26), torch.bfloat16: Limits(64, 2**25)}
+"""With weights that are made ready in each step"""
 NARROW = {torch.float32: 32, torch.bfloat16: 64}
 """Channels from which it is faster"""
-LARGEST = 2**26
-"""Bytes of weights at the points: the innermost layers of Stable Diffusion's U-Net would take gigabytes"""
 
 
 def panel() -> int:
@@ -35,9 +44,9 @@ def panel() -> int:
     return 2 * lanes()
 
 
-def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool) -> bool:
-    """Whether a convolution of these maps is faster this way, with weights [O,C,3,3]; `few` as FEW or TRAINS."""
-    if x.dtype not in few or x.dim() != 4 or not at_hand(x, weight) or not panel():
+def serves(x: Tensor, weight: Tensor, limits: dict[torch.dtype, Limits], doubled: bool) -> bool:
+    """Whether a convolution of these maps is faster this way, with weights [O,C,3,3]; limits are DRAWS or TRAINS."""
+    if x.dtype not in limits or x.dim() != 4 or not at_hand(x, weight) or not panel():
         return False
     samples, channels, *sides = x.shape
     made, seen = weight.shape[:2]
@@ -45,7 +54,8 @@ def serves(x: Tensor, weight: Tensor, few: dict[torch.dtype, int], doubled: bool
         return False
     sides = [side << doubled for side in sides]
     tiles = samples * prod(-(-side // TILE) for side in sides)
-    return min(sides) >= TILE and tiles >= few[x.dtype] and 4 * POINTS * made * seen <= LARGEST
+    few, large = limits[x.dtype]
+    return min(sides) >= TILE and tiles >= few and 4 * POINTS * made * seen <= large
 
 
 def at_points(weight: Tensor, back: bool = False) -> Tensor:

@@ -33,7 +33,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """With oneDNN's operators, fewer multiplications or not, and as on a machine where they are missing."""
     fewer = request.param == "fewer products"
     monkeypatch.setattr(winograd, "panel", winograd.panel if fewer else lambda: 0)
-    monkeypatch.setitem(winograd.FEW, torch.float32, 1)
+    monkeypatch.setitem(winograd.DRAWS, torch.float32, winograd.Limits(1, 2**26))
     if request.param == "plain":
         monkeypatch.setattr(packed, "packs", lambda dtype: False)
     elif not packed.packs(torch.float32):

@@ -18,7 +18,7 @@ from autoencoder import compiled, winograd
 from autoencoder.fast_blocks import Conv3x3 as ToDraw
 from autoencoder.layers import Upsample
 from autoencoder.norms import GroupNorm
-from autoencoder.winograd import FEW, TRAINS, Conv3x3, Winograd, at_points, convolved, serves, twice
+from autoencoder.winograd import DRAWS, TRAINS, Conv3x3, Winograd, at_points, convolved, serves, twice
 
 needed = pytest.mark.skipif(
     not winograd.panel(), reason="the C can't be compiled on this machine, or isn't for it"
@@ -79,7 +79,7 @@ def test_prepared_with_bias_and_residual(dtype: torch.dtype, doubled: bool) -> N
     torch.manual_seed(0)
     layer, x = nn.Conv2d(64, 96, 3, padding=1), torch.randn(4, 64, 16, 12).to(dtype)
     conv = ToDraw(layer, dtype)
-    assert serves(x, layer.weight, FEW, doubled)
+    assert serves(x, layer.weight, DRAWS, doubled)
     wanted = layer(twice(x.float()) if doubled else x.float())
     if doubled:
         made = conv.doubled(x)
@@ -126,6 +126,12 @@ def test_threads_and_the_rest_of_a_batch_change_nothing(dtype: torch.dtype) -> N
         ((1, 64, 28), torch.bfloat16, True, False),
         ((1, 64, 32), torch.bfloat16, True, True),
         ((4, 32, 64), torch.bfloat16, False, False),  # narrow
+        (
+            (4, 512, 32),
+            torch.bfloat16,
+            True,
+            False,
+        ),  # their weights at the points leave the caches in each step
         ((4, 64, 32), torch.float64, False, False),
         ((1, 1024, 16), torch.float32, False, False),  # weights at the points would take 150 MB
     ],
@@ -135,7 +141,7 @@ def test_where_it_serves(shape: tuple[int, ...], dtype: torch.dtype, draws: bool
         pytest.skip("written for panels of 32 channels")
     samples, channels, side = shape
     x, weight = torch.empty(samples, channels, side, side, dtype=dtype), torch.empty(channels, channels, 3, 3)
-    assert (serves(x, weight, FEW, False), serves(x, weight, TRAINS, False)) == (draws, trains)
+    assert (serves(x, weight, DRAWS, False), serves(x, weight, TRAINS, False)) == (draws, trains)
 
 
 @needed
