@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import tempfile
 import threading
@@ -18,15 +19,14 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ldm.checkpoint import digest
 from ldm.config import UserError
 
-try:  # the hub client's own HTTP library, under its new and its old name
-    import httpx2 as httpx
-except ImportError:
-    import httpx  # type: ignore[no-redef]
+# The HTTP library of the hub's client, httpx2 or of old httpx: both may be installed, and only its own will do.
+KINDS = (kind.__module__ for kind in HfHubHTTPError.__mro__)
+httpx: Any = importlib.import_module(next(kind for kind in KINDS if kind.startswith("httpx")).split(".")[0])
 
 MANIFEST = "manifest.json"
 PATIENCE = 15.0  # seconds of nothing but failures, after which no other request is begun
