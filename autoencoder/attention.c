@@ -164,12 +164,12 @@ INLINE void meet(sizes s, long rows, const float *terms, const float *columns, f
 typedef struct {
   long keys;         /* [panels,terms,PANEL] */
   long values;       /* forward [across,panels * PANEL,PANEL], backward as keys */
-  long queries;      /* [ROWS,terms], and LANES that may be written beyond */
+  long queries;      /* [ROWS,terms], and what may be written beyond */
   long scores;       /* [panels,ROWS,PANEL] */
   long shares;       /* [ROWS,row] */
   long seen;         /* [ROWS,PANEL] */
   long backs;        /* as queries */
-  long of_shares;    /* as scores, and then, of the scores, as shares */
+  long of_shares;    /* as scores */
   long of_scores;    /* [ROWS,row], in pairs along a row */
   long key_rows;     /* [across,panels * PANEL,PANEL] */
   long query_rows;   /* [across,group,PANEL] */
@@ -182,7 +182,7 @@ typedef struct {
 } places;
 
 INLINE places placed(sizes s, int backward) {
-  long rows = (ROWS * s.terms / LANES + 2) * LANES, columns = s.panels * s.terms * PANEL,
+  long rows = (ROWS * s.terms / PANEL + 2) * PANEL, columns = s.panels * s.terms * PANEL,
        upright = s.across * s.panels * PANEL * PANEL, group = s.across * s.group * PANEL;
   places at = {.values = columns};
   at.queries = at.values + (backward ? columns : upright);

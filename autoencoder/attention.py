@@ -18,17 +18,25 @@ from autoencoder.compiled import at_hand, call, lanes
 from autoencoder.winograd import longs, narrow, panel
 
 LARGEST = 2**26
-"""Numbers of the keys that all threads pack, each those of a head: with values and on the way back, up to 1 GB"""
+"""Numbers of the keys of a head, times the threads that pack them: with all else, up to 2 GB on the way back"""
+LONG = 2**20
+"""Numbers of the keys of a head from which in float32 PyTorch's kernel is faster"""
+SHORT = 256 * 256
+"""Scores of a head up to which in bf16 PyTorch's kernel is slower than attention written out"""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v: [B,heads,N,D], twice [B,heads,L,D] and bias [B,1,1,L], which has no gradient,
     => [B,heads,N,D]."""
     bias = None if bias is None else bias.to(q.dtype)  # under autocast the scores are narrower than the bias
-    if not serves(q, k, v):
+    if serves(q, k, v):
+        bias = None if bias is None else bias.detach().expand(len(q), 1, 1, k.shape[2]).contiguous()
+        return Attended.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
+    half = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if not half or q.shape[-2] * k.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    bias = None if bias is None else bias.expand(len(q), 1, 1, k.shape[2]).contiguous()
-    return Attended.apply(q, k, v, bias)  # type: ignore[no-any-return, no-untyped-call]
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -36,12 +44,13 @@ def serves(q: Tensor, k: Tensor, v: Tensor) -> bool:
     if q.dtype not in (torch.float32, torch.bfloat16) or not at_hand(q, k, v) or not lanes():
         return False
     samples, heads, _, width = q.shape
-    if q.dtype == torch.float32 and (width % panel() or k.shape[2] % panel()):
+    packed, threads = k.shape[2] * -(-width // panel()) * panel(), torch.get_num_threads()
+    if q.dtype == torch.float32 and (
+        width % panel() or k.shape[2] % panel() or q.shape[2] < panel() or packed > LONG
+    ):
         return False
-    if torch.is_grad_enabled() and samples * heads < torch.get_num_threads():
-        return False  # on the way back threads share nothing else out
-    if torch.get_num_threads() * k.shape[2] * width > LARGEST:
-        return False
+    if threads * packed > LARGEST or (torch.is_grad_enabled() and samples * heads < threads):
+        return False  # on the way back threads share nothing but samples and heads out
     same = k.dtype == v.dtype == q.dtype and k.shape == v.shape == (samples, heads, k.shape[2], width)
     return same and q.numel() > 0 and k.numel() > 0 and all(part.stride(-1) == 1 for part in (q, k, v))
 

@@ -17,9 +17,9 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from subprocess import PIPE
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,10 @@ def at_hand(*parts: Tensor) -> bool:
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
     if traced or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return all(type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" for part in parts)
+    return all(
+        type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" and not part.is_neg()
+        for part in parts
+    )
 
 
 def lanes() -> int:
@@ -151,22 +154,26 @@ def compile_to(file: Path, compiler: list[str]) -> None:
     if not sources:
         raise Uncompiled(f"there are no *.c in {FOLDER}")
     objects = [str(file.with_name(f"{source.stem}.o")) for source in sources]
-    with ThreadPoolExecutor() as together:
-        for _ in together.map(
-            lambda source, made: run(*compiler, *COMPILING, str(source), "-o", made), sources, objects
-        ):
-            pass
-    run(*compiler, "-shared", *objects, "-lm", "-o", str(file))
+    run(*([*compiler, *COMPILING, str(one), "-o", made] for one, made in zip(sources, objects, strict=True)))
+    run([*compiler, "-shared", *objects, "-lm", "-o", str(file)])
 
 
-def run(compiler: str, *arguments: str) -> None:
+def run(*commands: list[str]) -> None:
+    """All at once."""
+    compiler = commands[0][0]
+    started = [subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True) for command in commands]
     try:
-        done = subprocess.run([compiler, *arguments], capture_output=True, text=True, timeout=SECONDS)
+        for one in started:
+            complaint = one.communicate(timeout=SECONDS)[1].splitlines()
+            if one.returncode:
+                told = [line for line in complaint if "error" in line] or complaint or [str(one.returncode)]
+                raise Uncompiled(f"{compiler} says: {told[0]}")
     except subprocess.TimeoutExpired:
         raise Uncompiled(f"{compiler} took more than {SECONDS} seconds") from None
-    if done.returncode:
-        told = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise Uncompiled(f"{compiler} says: {told[0] if told else done.returncode}")
+    finally:
+        for one in started:
+            one.kill()
+            one.communicate()
 
 
 def processor() -> str:

@@ -127,6 +127,21 @@ def test_gradients_are_the_same_whatever_the_threads() -> None:
 
 @needed
 @pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_what_comes_back_and_the_bias_may_lie_in_any_way(dtype: torch.dtype) -> None:
+    """One number for all, a bias for all samples, in another precision."""
+    given = [part.detach().requires_grad_() for part in parts(2, 2, 64, 64, 32, dtype=dtype)]
+    bias = torch.randn(1, 1, 1, 64, generator=torch.Generator().manual_seed(3)).to(HALF).float()
+    made, wanted = attend(*given, bias), exact(*given, bias)
+    assert error(made, wanted) < 4e-3
+    for a, b in zip(
+        torch.autograd.grad(made.sum(), given), torch.autograd.grad(wanted.sum(), given), strict=True
+    ):
+        assert (a - b).abs().max() <= 2e-2 * max(b.abs().max(), 1)
+
+
+@needed
+@pytest.mark.usefixtures("instructions")
 def test_what_is_masked_gets_no_gradient() -> None:
     q, k, v = parts(2, 3, 20, 35, 24)
     told = masked(2, 35)

@@ -75,6 +75,23 @@ def test_the_same_in_all_directions(
 
 
 @needed
+@pytest.mark.usefixtures("instructions")
+def test_gradients_of_more_tiles_than_are_met_at_once() -> None:
+    """And of more channels than are summed up together; bit for bit on any number of threads."""
+    torch.manual_seed(0)
+    x, back, weight = torch.randn(4, 128, 44, 41), torch.randn(4, 64, 44, 41), torch.randn(64, 128, 3, 3)
+    wanted = torch.nn.grad.conv2d_weight(x.double(), weight.shape, back.double(), padding=1)
+    made, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            made.append(winograd.gradient(x, back, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert error(made[0], wanted) < 5e-6 and all(torch.equal(made[0], other) for other in made[1:])
+
+
+@needed
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("doubled", [False, True])
