@@ -8,8 +8,8 @@
    them, else float32; scores and sums are float32.
 
    Queries, keys, values, y and gradients are [samples,heads,*,width], and lie as they like, but `width` numbers in a
-   row. Threads share samples, heads and, forward, queries out, never a sum: results do not depend on how many there are.
-   Functions return 0, or 1 where memory is short.
+   row. Threads share samples, heads and, forward, queries out, never a sum: results do not depend on how many there
+   are. Functions return 0, or 1 where memory is short.
    Called by autoencoder/attention.py. */
 
 #include <math.h>
@@ -37,7 +37,7 @@ typedef struct {
   long terms;          /* of a score: of its width, and one for the bias of its key */
   long panels, across; /* that keys make, and values */
   long row;            /* of shares, in floats: no power of two, lest rows contend for the same places of a cache */
-  long group;          /* queries whose shares are remembered, on the way back */
+  long group;          /* queries whose shares are remembered on the way back, in a core's cache */
 } sizes;
 
 INLINE sizes sized(long queries, long keys, long width, int narrow) {
@@ -96,8 +96,7 @@ INLINE void pack_rows(sizes s, lines from, long first, long count, long room, fl
       for (long half = 0; half < 2; half++) {
         long c = panel * PANEL + half * LANES, at = from.at + (first + i) * from.row + c;
         vec one = load_some(from.map, at, s.width - c, s.narrow);
-        if (s.pairs)
-          one = paired(one, i + 1 < count ? load_some(from.map, at + from.row, s.width - c, 1) : (vec){0});
+        if (s.pairs) one = paired(one, i + 1 < count ? load_some(from.map, at + from.row, s.width - c, 1) : (vec){0});
         *(vec *)(to + (panel * room + i / (1 + s.pairs)) * PANEL + half * LANES) = one;
       }
 }
@@ -162,22 +161,22 @@ INLINE void meet(sizes s, long rows, const float *terms, const float *columns, f
 
 /* Where a thread's memory has what it needs, in floats. */
 typedef struct {
-  long keys;         /* [panels,terms,PANEL] */
-  long values;       /* forward [across,panels * PANEL,PANEL], backward as keys */
-  long queries;      /* [ROWS,terms], and what may be written beyond */
-  long scores;       /* [panels,ROWS,PANEL] */
-  long shares;       /* [ROWS,row] */
-  long seen;         /* [ROWS,PANEL] */
-  long backs;        /* as queries */
-  long of_shares;    /* as scores */
-  long of_scores;    /* [ROWS,row], in pairs along a row */
-  long key_rows;     /* [across,panels * PANEL,PANEL] */
-  long query_rows;   /* [across,group,PANEL] */
-  long back_rows;    /* likewise */
-  long all_shares;   /* [group,row], of pairs of rows filled by half */
-  long all_scores;   /* likewise */
-  long of_keys;      /* [across,keys,PANEL], sums */
-  long of_values;    /* likewise */
+  long keys;       /* [panels,terms,PANEL] */
+  long values;     /* forward [across,panels * PANEL,PANEL], backward as keys */
+  long queries;    /* [ROWS,terms], and what may be written beyond */
+  long scores;     /* [panels,ROWS,PANEL] */
+  long shares;     /* [ROWS,row] */
+  long seen;       /* [ROWS,PANEL] */
+  long backs;      /* as queries */
+  long of_shares;  /* as scores */
+  long of_scores;  /* [ROWS,row], in pairs along a row */
+  long key_rows;   /* [across,panels * PANEL,PANEL] */
+  long query_rows; /* [across,group,PANEL] */
+  long back_rows;  /* likewise */
+  long all_shares; /* [group,row], of pairs of rows filled by half */
+  long all_scores; /* likewise */
+  long of_keys;    /* [across,keys,PANEL], sums */
+  long of_values;  /* likewise */
   long end;
 } places;
 
@@ -207,11 +206,9 @@ INLINE places placed(sizes s, int backward) {
 /* What up to ROWS queries see. */
 INLINE void attend(sizes s, places at, float *memory, lines q, long first, long rows, lines y) {
   float *shares = memory + at.shares, *seen = memory + at.seen, parts[ROWS];
-  for (long i = 0; i < rows; i++)
-    pack_row(s, q, first + i, 1 / sqrtf(s.width), 1, memory + at.queries + i * s.terms);
+  for (long i = 0; i < rows; i++) pack_row(s, q, first + i, 1 / sqrtf(s.width), 1, memory + at.queries + i * s.terms);
   meet(s, rows, memory + at.queries, memory + at.keys, memory + at.scores);
-  for (long i = 0; i < rows; i++)
-    parts[i] = softmax(s, memory + at.scores + i * PANEL, shares + i * s.row, s.pairs);
+  for (long i = 0; i < rows; i++) parts[i] = softmax(s, memory + at.scores + i * PANEL, shares + i * s.row, s.pairs);
   for (long panel = 0; panel < s.across; panel++) {
     const float *values = memory + at.values + panel * s.panels * PANEL * PANEL;
     rows_times(s, rows, shares, s.row, values, (s.keys + s.pairs) >> s.pairs, seen);
@@ -312,8 +309,8 @@ INLINE void attend_back(sizes s, places at, float *memory, lines q, lines back, 
   }
 }
 
-/* Of a group of queries, sums for keys and values: those of the scores' gradients times queries, and of shares times what
-   comes back. */
+/* Of a group of queries, sums for keys and values: those of the scores' gradients times queries, and of shares times
+   what comes back. */
 INLINE void gather(sizes s, places at, float *memory, lines q, lines back, long first, long count) {
   pack_rows(s, q, first, count, s.group, memory + at.query_rows);
   pack_rows(s, back, first, count, s.group, memory + at.back_rows);

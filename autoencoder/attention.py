@@ -72,8 +72,8 @@ class Attended(torch.autograd.Function):
         q, k, v, bias = ctx.saved_tensors
         back = back if back.stride(-1) == 1 else back.contiguous()
         made = like(q), like(k), like(v)
-        parts = addresses(q, k, v, bias, back, *made), steps(q, k, v, back, *made)
-        call("attention_backward", *parts[0], parts[1], narrow(q), *sizes(q, k))
+        where = addresses(q, k, v, bias, back, *made)
+        call("attention_backward", *where, steps(q, k, v, back, *made), narrow(q), *sizes(q, k))
         return *made, None
 
 

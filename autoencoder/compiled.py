@@ -30,7 +30,7 @@ from autoencoder.notices import Notice
 FOLDER = Path(__file__).parent
 COMPILERS = "cc", "gcc"
 COMPILING = "-O3", "-march=native", "-fopenmp", "-fPIC", "-c"
-SECONDS = 60
+SECONDS = 180
 """After which a compiler is given up"""
 
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float}

@@ -94,7 +94,8 @@ INLINE void points_to_weights(const vec *x, long by, vec *y, long to) {
   y[2 * to] = AA * even_a + BB * even_b + x[5 * by];
 }
 
-/* Tiles [rows,C] times weights [C,PANEL]; and, added up, some of the channels of tiles [T,C] transposed times tiles [T,PANEL]. */
+/* Tiles [rows,C] times weights [C,PANEL]; and, added up, some channels of tiles [T,C], transposed, times tiles
+   [T,PANEL]. */
 static void forward(long rows, const float *x, const float *w, long seen, float *y) {
   products(rows, x, seen, 1, w, seen, y, 0, 0);
 }
@@ -245,20 +246,22 @@ INLINE void take_values(const void *map, int narrow, grid g, long tile, long mad
   }
 }
 
-/* Sums at the points [36,rows,PANEL], apart, => gradients of the weights of a panel and of channels from `first` on, of weights
-   [made,seen,3,3] in any layout. */
+/* Sums at the points [36,rows,PANEL], apart, => gradients of the weights of a panel and of channels from `first` on, of
+   weights [made,seen,3,3] in any layout. */
 INLINE void put_weights(const float *points, long rows, float *weight, const long *strides, long panel, long first) {
   for (long c = 0; c < rows; c += LANES)
     for (long half = 0; half < 2; half++) {
       vec x[POINTS], y[3 * SEEN], z[9][LANES];
       for (int k = 0; k < LANES; k++) {
-        for (int i = 0; i < POINTS; i++) x[i] = *(const vec *)(points + i * apart(rows * PANEL) + (c + k) * PANEL + half * LANES);
+        for (int i = 0; i < POINTS; i++)
+          x[i] = *(const vec *)(points + i * apart(rows * PANEL) + (c + k) * PANEL + half * LANES);
         for (int i = 0; i < SEEN; i++) points_to_weights(x + i, SEEN, y + i, SEEN);
         for (int i = 0; i < 3; i++) points_to_weights(y + SEEN * i, 1, z[3 * i] + k, LANES);
       }
       for (int i = 0; i < 9; i++)
-        put_square(z[i], weight + (panel * PANEL + half * LANES) * strides[0] + (first + c) * strides[1] +
-                             i / 3 * strides[2] + i % 3 * strides[3],
+        put_square(z[i],
+                   weight + (panel * PANEL + half * LANES) * strides[0] + (first + c) * strides[1] +
+                       i / 3 * strides[2] + i % 3 * strides[3],
                    strides[0], strides[1]);
     }
 }
@@ -272,7 +275,8 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
   if (chunk < 2 * ROWS) chunk = 2 * ROWS;
   if (chunk > g.tiles) chunk = g.tiles;
   /* sums of a panel and some channels: a thread's own until they are weights, if all tiles are met at once */
-  long parts = (seen + CHANNELS - 1) / CHANNELS, each = POINTS * apart(CHANNELS * PANEL), once = chunk == g.tiles, next = 0;
+  long parts = (seen + CHANNELS - 1) / CHANNELS, each = POINTS * apart(CHANNELS * PANEL), once = chunk == g.tiles,
+       next = 0;
   long of_pixels = apart(chunk * seen), of_values = apart(chunk * PANEL);
   long floats = POINTS * (of_pixels + panels * of_values) + each * (once ? threads : panels * parts);
   float *scratch = aligned_alloc(64, floats * sizeof(float));
@@ -292,7 +296,8 @@ INLINE int gradient(const void *x, int doubled, const void *back, int narrow, fl
       }
 #pragma omp for
       for (long item = 0; item < panels * parts; item++) {
-        long panel = item / parts, from = item % parts * CHANNELS, rows = seen - from < CHANNELS ? seen - from : CHANNELS;
+        long panel = item / parts, from = item % parts * CHANNELS,
+             rows = seen - from < CHANNELS ? seen - from : CHANNELS;
         float *sum = sums + (once ? thread : item) * each;
         for (long i = 0; i < POINTS; i++)
           backward(rows, pixels + i * of_pixels + from, seen, values + (panel * POINTS + i) * of_values, count,

@@ -24,10 +24,10 @@ from autoencoder.norms import GroupNorm
 class Prompt(NamedTuple):
     """What cross-attention reads."""
 
-    tokens: Tensor  # [B,L,D]
-    bias: (
-        Tensor | None
-    )  # [B,1,1,L] added to the attention scores: 0 where a token counts, very negative elsewhere
+    tokens: Tensor
+    """[B,L,D]"""
+    bias: Tensor | None
+    """[B,1,1,L] added to the attention scores: 0 where a token counts, very negative elsewhere"""
 
 
 class Attention(nn.Module):
@@ -50,9 +50,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, bias: Tensor | None = None) -> Tensor:
         """Queries [B,N,C], context [B,L,context_channels], bias on the scores [B,1,1,L] => [B,N,C]."""
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v)
-        )  # [B,heads,*,C/heads]
+        # [B,heads,*,C/heads]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         out = attend(q, k, v, bias)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
