@@ -10,20 +10,33 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
 from benchmarks.harness import open_run, through_a_run
-from benchmarks.models import EMOJI, TEXT, TOKENS, Shape, autoencoders, device, stock, unets, usual
+from benchmarks.models import (
+    EMOJI,
+    TEXT,
+    TOKENS,
+    Shape,
+    autoencoders,
+    device,
+    normal,
+    stock,
+    told,
+    unets,
+    usual,
+)
 from benchmarks.timing import Case, Work
-from benchmarks.unet_rows import autocast
+from benchmarks.unet_rows import autocast, stock_forward
 from ldm.cache import LatentCache, build
 from ldm.conditioning import Text
 from ldm.data import DataConfig, open_source
@@ -83,17 +96,38 @@ class World:
         yield from through_a_run(run, self.unet, rates, self.build(), self.text)
 
     def batches(self) -> Iterator[Any]:
-        """Pictures as stage 1 reads them."""
+        """Pictures as stage 1 reads them, in their order."""
         order = [[(i, i) for i in some] for some in slices(0, self.pictures, self.batch)]
         while True:
             yield from read(Pixels(self.source, self.data, 0), order, workers=0)
 
+    # --- both, of the same -------------------------------------------------------------------------------------
+
+    def pictures_of_both(self) -> tuple[Tensor, Tensor]:
+        files = sorted((self.folder / "pictures").glob("*.png"))[: self.batch]
+        theirs = [self.brought(Image.open(file).convert("RGB")) for file in files]
+        return next(self.batches())["pixels"], torch.stack(theirs)
+
+    @torch.no_grad()
+    def latents_of_both(self) -> tuple[Tensor, Tensor]:
+        """Means; the peer's before the script scales them, as ours have their scale in the weights."""
+        ours = self.build().__getitems__([(i, i) for i in range(self.batch)])["mean"]
+        pixels = next(self.batches())["pixels"].to(device())
+        return ours.cpu(), self.stock_autoencoder.encode(pixels).latent_dist.mean.cpu()
+
+    @torch.no_grad()
+    def answers_of_both(self) -> tuple[Tensor, Tensor]:
+        """The networks' to the same noisy latents, times and captions."""
+        side, cond = self.size.latents[0], told(self.size, self.batch)
+        x, t = normal(self.batch, 4, side, side), torch.linspace(1, 999, self.batch, device=device())
+        return self.unet(x, t, cond), stock_forward(self.stock_unet, x, t, cond)
+
     # --- the peer ----------------------------------------------------------------------------------------------
 
-    def stock_batches(self) -> Iterator[dict[str, Tensor]]:
-        from datasets import load_dataset
-
-        brought = transforms.Compose(
+    @cached_property
+    def brought(self) -> Any:
+        """How the script brings a picture to its size."""
+        return transforms.Compose(
             [
                 transforms.Resize(self.size.picture, interpolation=transforms.InterpolationMode.LANCZOS),
                 transforms.CenterCrop(self.size.picture),
@@ -102,9 +136,15 @@ class World:
             ]
         )
 
+    def stock_batches(self) -> Iterator[dict[str, Tensor]]:
+        from datasets import load_dataset
+
         def prepared(rows: dict[str, list]) -> dict[str, list]:
             ids = self.text.read(rows["text"])["ids"]
-            return {"pixels": [brought(image.convert("RGB")) for image in rows["image"]], "ids": list(ids)}
+            return {
+                "pixels": [self.brought(image.convert("RGB")) for image in rows["image"]],
+                "ids": list(ids),
+            }
 
         data = load_dataset(
             "imagefolder",
@@ -165,7 +205,7 @@ def draw(folder: Path, pictures: int, side: int) -> list[str]:
 
 def loops(_: Shape) -> Iterator[Case]:
     """Of networks as in configs/emoji, an autoencoder trained here and six layers of text encoder: all that the peer
-    does more than we is small. Losses are of other noise and another path: nothing to compare."""
+    does more than we is small. Losses are of other noise and another path: what is compared is answers to the same."""
     with opened(EMOJI, 192, 32, TextConfig(width=TEXT, layers=6, heads=6, max_length=TOKENS)) as world:
         yield Case(
             name="cache building: pictures and captions encoded, against the peer's every epoch",
@@ -173,6 +213,7 @@ def loops(_: Shape) -> Iterator[Case]:
             peer=world.stock_epoch,
             precision=None,
             unit=world.pictures,
+            compared=world.latents_of_both,
         )
         batches, stock_batches = world.batches(), world.stock_batches()
         yield Case(
@@ -181,6 +222,7 @@ def loops(_: Shape) -> Iterator[Case]:
             peer=no_result(partial(next, stock_batches)),
             precision=None,
             unit=world.batch,
+            compared=world.pictures_of_both,
         )
         yield real_loop(world, "networks of configs/emoji")
 
@@ -210,6 +252,7 @@ def real_loop(world: World, networks: str, target: float | None = None) -> Case:
         target=target,
         precision=None,
         unit=world.batch,
+        compared=world.answers_of_both,
     )
 
 

@@ -110,12 +110,15 @@ class Case:
     """Pictures, samples or steps in one call"""
     long: bool = False
     """Left out of a quick benchmark"""
+    compared: Callable[[], tuple[Tensor, Tensor]] | None = None
+    """What both sides make of the same, where each is timed at what is its own: order, noise"""
 
     def measure(self, effort: Effort) -> Row:
         """All sides once to warm up and compare, then in turns."""
         made = self.ours()
         with FlopCounterMode(display=False) as counter:
             expected = self.peer()
+        unlike = difference(*self.compared()) if self.compared else difference(made, expected)
         sides = [self.ours, self.peer, *([self.fast_peer] if self.fast_peer else [])]
         graphs = 2 * sides if torch.cuda.is_available() else []  # which are recorded at the second call
         for side in sides[2:] + graphs:
@@ -133,7 +136,7 @@ class Case:
             ratio=quartiles[1],
             spread=(quartiles[0], quartiles[2]),
             target=self.target,
-            difference=difference(made, expected),
+            difference=unlike,
             ours=typical,
             peer=statistics.median(peer),
             fast_peer=statistics.median(fast[0]) if fast else None,
