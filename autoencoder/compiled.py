@@ -69,25 +69,46 @@ def library() -> ctypes.CDLL | None:
     try:
         return opened_somewhere()
     except (Uncompiled, OSError, ValueError) as why:
-        warnings.warn(
-            f"Our convolutions, normalisations, gates and attention in C can't be used: {why}. Drawing and training "
-            "on the CPU take PyTorch's own, which are slower.",
-            Notice,
-            stacklevel=2,
-        )
+        say_unused(str(why))
         return None
+
+
+def say_unused(why: str) -> None:
+    warnings.warn(
+        f"Our convolutions, normalisations, gates and attention in C can't be used: {why}. Drawing and training on the "
+        "CPU take PyTorch's own, which are slower.",
+        Notice,
+        stacklevel=3,
+    )
 
 
 def at_hand(*parts: Tensor) -> bool:
     """Whether tensors lie in this machine's memory and may be worked on by their addresses: none is of a subclass, and
     nobody traces or counts operations."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
-    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or watched():
         return False
     return all(
         type(part) in (Tensor, nn.Parameter) and part.device.type == "cpu" and not part.is_neg()
         for part in parts
     )
+
+
+def watched() -> bool:
+    """Whether a mode or a transform sees every operation, which PyTorch tells by functions of its own; where it has
+    them no longer, nobody can know."""
+    try:
+        return bool(torch._C._len_torch_dispatch_stack()) or bool(
+            torch._C._functorch.peek_interpreter_stack()
+        )
+    except AttributeError as gone:
+        say_unkept(str(gone))
+        return True
+
+
+@cache
+def say_unkept(why: str) -> None:
+    """Once."""
+    say_unused(f"this PyTorch does not tell who watches its operations ({why})")
 
 
 def lanes() -> int:

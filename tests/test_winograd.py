@@ -236,6 +236,16 @@ def test_what_has_no_address_or_is_watched_is_pytorchs() -> None:
 
 
 @needed
+def test_a_pytorch_that_does_not_tell_who_watches_is_not_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    compiled.say_unkept.cache_clear()
+    layer, x = Conv3x3(64, 64), torch.randn(2, 64, 16, 16)
+    with pytest.warns(UserWarning, match="does not tell who watches its operations") as warned:
+        made = [layer(x) for _ in range(2)]
+    assert len(warned) == 1 and "Winograd" not in type(made[0].grad_fn).__name__
+
+
+@needed
 def test_checkpointing_keeps_it() -> None:
     layer, x = Conv3x3(64, 64), torch.randn(2, 64, 16, 16, requires_grad=True)
     with mock.patch.object(winograd, "convolved", wraps=winograd.convolved) as done:
